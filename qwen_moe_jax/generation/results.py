@@ -1,0 +1,59 @@
+"""What generation returns."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Counts and wall-clock times of one `generate` call, compilation included.
+
+    Attributes:
+        prompt_tokens: tokens read, over all prompts.
+        generated_tokens: tokens returned, over all sequences.
+        prefill_seconds: until the first token of every row was chosen.
+        decode_seconds: from there to the end.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationOutput:
+    """One entry a sequence; the sequences of one prompt stand next to each other.
+
+    Attributes:
+        sequences: new tokens only, without padding; an end-of-text token that ended a row is its last.
+        texts: the decoded sequences without special tokens and without the stop string, or None when
+            the checkpoint has no tokenizer.
+        finish_reasons: "stop" (an end-of-text token or a stop string) or "length".
+        logprobs: natural-log probability of each token under the model's own distribution, before
+            penalties and filters; None unless asked for.
+        usage: counts and timings.
+    """
+
+    sequences: list[list[int]]
+    texts: list[str] | None
+    finish_reasons: list[str]
+    logprobs: list[list[float]] | None
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One token of a stream.
+
+    Attributes:
+        text: what this token decided of the text; empty while a character or a possible stop string is
+            incomplete.
+        token_id: the token.
+        logprob: as in `GenerationOutput`.
+        finish_reason: on the last piece "stop" or "length", else None.
+    """
+
+    text: str
+    token_id: int
+    logprob: float
+    finish_reason: str | None

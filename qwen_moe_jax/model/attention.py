@@ -1,0 +1,142 @@
+"""Gated full attention: grouped queries, q/k norm, partial rotary, KV cache, sigmoid output gate.
+
+Scores exist for one block of keys at a time (online softmax: Milakov & Gimelshein, arXiv:1805.02867;
+FlashAttention, arXiv:2205.14135), so memory grows with queries x block, not with queries x context.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.norms import rms_norm
+from qwen_moe_jax.model.params import DtypePolicy, Weight
+from qwen_moe_jax.model.rotary import apply_rotary
+
+KEY_BLOCK = 256
+
+
+def blockwise_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, block: int = KEY_BLOCK
+) -> jax.Array:
+    """Causal softmax attention of queries over a slot-per-position key/value cache.
+
+    Args:
+        query: [batch, seq, heads, head_dim], compute dtype.
+        key, value: [batch, capacity, kv_heads, head_dim]; query head h reads kv head
+            h // (heads / kv_heads).
+        positions: int32 [batch, seq]; a query sees slots 0 .. position.
+        block: keys a step. Blocks behind the largest position are not touched.
+
+    Returns:
+        [batch, seq, heads, head_dim] in query.dtype; products accumulate and the softmax runs in
+        float32.
+    """
+    batch, seq, heads, dim = query.shape
+    capacity, kv_heads = key.shape[1:3]
+    block = min(block, capacity)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # [batch, kv_heads, group * seq, dim]: one matrix product a kv head
+    grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, dim).astype(key.dtype)
+    rows = grouped.shape[2]
+    row_positions = jnp.tile(positions, (1, rows // seq))[:, None, :, None]
+
+    def one_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, output = carry
+        # The last block may overlap the one before (capacity need not be a multiple of it); slots
+        # that were already counted are masked out.
+        start = jnp.minimum(index * block, capacity - block)
+        k, v = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (key, value))
+        scores = jnp.einsum(
+            "bnrd,btnd->bnrt", grouped, k, preferred_element_type=wide, precision=lax.Precision.HIGHEST
+        ) * (dim**-0.5)
+        slots = start + jnp.arange(block)
+        visible = (slots <= row_positions) & (slots >= index * block)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_top)
+        correction = jnp.exp(top - new_top)
+        total = total * correction + weights.sum(axis=-1, keepdims=True)
+        mixed = jnp.einsum(
+            "bnrt,btnd->bnrd",
+            weights.astype(v.dtype),
+            v,
+            preferred_element_type=wide,
+            precision=lax.Precision.HIGHEST,
+        )
+        return new_top, total, output * correction + mixed
+
+    # Every query sees slot 0, so after the first block the running maximum is finite.
+    start = (
+        jnp.full((batch, kv_heads, rows, 1), jnp.finfo(wide).min, wide),
+        jnp.zeros((batch, kv_heads, rows, 1), wide),
+        jnp.zeros((batch, kv_heads, rows, dim), wide),
+    )
+    blocks = jnp.minimum(positions.max() // block + 1, -(-capacity // block))
+    _, total, output = lax.fori_loop(0, blocks, one_block, start)
+    output = (output / total).reshape(batch, kv_heads, heads // kv_heads, seq, dim)
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim).astype(query.dtype)
+
+
+def append_keys(cache: KVCache, key: jax.Array, value: jax.Array, slots: jax.Array) -> KVCache:
+    """Writes new keys and values [batch, seq, kv_heads, head_dim] to `slots` [batch, seq].
+
+    A slot at or beyond the capacity drops its token; that is where pads are sent.
+    """
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return KVCache(
+        k=cache.k.at[rows, slots].set(key.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[rows, slots].set(value.astype(cache.v.dtype), mode="drop"),
+    )
+
+
+class GatedAttention(nnx.Module):
+    """Parameters of one full-attention layer; `q_proj` rows are, per head, [query | gate]."""
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+        self.config = config
+        hidden, dim = config.hidden_size, config.head_dim
+        self.q_proj = Weight((config.num_attention_heads * 2 * dim, hidden), dtypes.matrix)
+        self.k_proj = Weight((config.num_key_value_heads * dim, hidden), dtypes.matrix)
+        self.v_proj = Weight((config.num_key_value_heads * dim, hidden), dtypes.matrix)
+        self.o_proj = Weight((hidden, config.num_attention_heads * dim), dtypes.matrix)
+        self.q_norm = Weight((dim,), dtypes.vector)
+        self.k_norm = Weight((dim,), dtypes.vector)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        positions: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """Mixes tokens by attention.
+
+        Args:
+            x: [batch, seq, hidden].
+            valid: bool [batch, seq], a prefix of each row.
+            positions: int32 [batch, seq], the slot of each token.
+            rotary: (cos, sin), each [batch, seq, rotary_dim / 2].
+            cache: what came before.
+
+        Returns:
+            ([batch, seq, hidden], the cache with this call's valid tokens).
+        """
+        batch, seq, _ = x.shape
+        dim, eps = self.config.head_dim, self.config.rms_norm_eps
+        query, gate = jnp.split(linear(x, self.q_proj.weight[...]).reshape(batch, seq, -1, 2 * dim), 2, axis=-1)
+        key = linear(x, self.k_proj.weight[...]).reshape(batch, seq, -1, dim)
+        value = linear(x, self.v_proj.weight[...]).reshape(batch, seq, -1, dim)
+        query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
+        key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
+
+        capacity = cache.k.shape[1]
+        cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
+        mixed = blockwise_attention(query, cache.k, cache.v, positions)
+        mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
+        return linear(mixed, self.o_proj.weight[...]), cache

@@ -1,0 +1,125 @@
+"""Gated DeltaNet, the linear-attention layer (Yang, Kautz & Hatamizadeh, arXiv:2412.06464).
+
+Projections, a short causal convolution with carried inputs, the gated delta rule
+(`delta_rule.py`), a gated norm and an output projection.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.model.cache import DeltaNetCache
+from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
+from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
+from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
+
+
+def causal_conv(
+    x: jax.Array, weight: jax.Array, carried: jax.Array, num_valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution followed by SiLU, continuing from the inputs seen before.
+
+    Args:
+        x: [batch, seq, channels]; each row's first `num_valid` steps are tokens, the rest pads.
+        weight: [channels, kernel], any kernel width; the last column meets the current token.
+        carried: [batch, kernel - 1, channels], the inputs before x, oldest first.
+        num_valid: int32 [batch].
+
+    Returns:
+        ([batch, seq, channels] in x.dtype, the last kernel - 1 *valid* inputs). A pad's output means
+        nothing; a row without tokens carries its inputs on unchanged.
+    """
+    seq, kernel = x.shape[1], weight.shape[1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    inputs = jnp.concatenate([carried.astype(x.dtype), x], axis=1)
+    mixed = sum(
+        inputs[:, tap : tap + seq].astype(wide) * weight[:, tap].astype(wide) for tap in range(kernel)
+    )
+    keep = num_valid[:, None] + jnp.arange(kernel - 1)  # [batch, kernel - 1]
+    carried = jnp.take_along_axis(inputs, keep[..., None], axis=1)
+    # the reference rounds to the model dtype before the activation
+    return jax.nn.silu(mixed.astype(x.dtype)), carried
+
+
+class DepthwiseConv(nnx.Module):
+    """Holds the convolution weight in its checkpoint shape, [channels, 1, kernel]."""
+
+    def __init__(self, channels: int, kernel: int, dtype: jnp.dtype):
+        self.weight = declare((channels, 1, kernel), dtype)
+
+
+class GatedDeltaNet(nnx.Module):
+    """Parameters of one linear-attention layer; `in_proj_qkv` rows are flat Q | K | V."""
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+        self.config = config
+        hidden, values = config.hidden_size, config.linear_num_value_heads
+        self.in_proj_qkv = Weight((config.conv_channels, hidden), dtypes.matrix)
+        self.in_proj_z = Weight((config.value_dim, hidden), dtypes.matrix)
+        self.in_proj_b = Weight((values, hidden), dtypes.matrix)
+        self.in_proj_a = Weight((values, hidden), dtypes.matrix)
+        self.conv1d = DepthwiseConv(config.conv_channels, config.linear_conv_kernel_dim, dtypes.vector)
+        self.A_log = declare((values,), dtypes.vector)
+        self.dt_bias = declare((values,), dtypes.vector)
+        self.norm = Weight((config.linear_value_head_dim,), dtypes.vector)
+        self.out_proj = Weight((hidden, config.value_dim), dtypes.matrix)
+
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, cache: DeltaNetCache
+    ) -> tuple[jax.Array, DeltaNetCache]:
+        """Mixes tokens by the gated delta rule.
+
+        Args:
+            x: [batch, seq, hidden].
+            valid: bool [batch, seq], a prefix of each row.
+            cache: what came before.
+
+        Returns:
+            ([batch, seq, hidden], the cache after this call's valid tokens).
+        """
+        c = self.config
+        batch, seq, _ = x.shape
+        heads = (batch, seq, -1)
+        mixed, carried = causal_conv(
+            linear(x, self.in_proj_qkv.weight[...]),
+            self.conv1d.weight[...][:, 0],
+            cache.conv,
+            valid.sum(axis=1, dtype=jnp.int32),
+        )
+        query, key, value = jnp.split(mixed, [c.key_dim, 2 * c.key_dim], axis=-1)
+        query = l2_normalise(query.reshape(*heads, c.linear_key_head_dim)) * c.linear_key_head_dim**-0.5
+        key = l2_normalise(key.reshape(*heads, c.linear_key_head_dim))
+        value = value.reshape(*heads, c.linear_value_head_dim)
+
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        beta = jax.nn.sigmoid(linear(x, self.in_proj_b.weight[...])).astype(wide)
+        a = linear(x, self.in_proj_a.weight[...]).astype(wide)
+        g = -jnp.exp(self.A_log[...].astype(wide)) * jax.nn.softplus(a + self.dt_bias[...].astype(wide))
+        # A pad decays nothing, writes nothing: the state passes through unchanged.
+        token = valid[..., None]
+        g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
+        key, value = jnp.where(token[..., None], key, 0), jnp.where(token[..., None], value, 0)
+
+        if seq == 1:
+            output, state = delta_rule_step(
+                cache.state,
+                *(_repeat_heads(x[:, 0], c.linear_num_value_heads) for x in (query, key)),
+                value[:, 0],
+                g[:, 0],
+                beta[:, 0],
+            )
+            output = output[:, None]
+        else:
+            output, state = delta_rule_chunked(query, key, value, g, beta, cache.state)
+
+        gate = linear(x, self.in_proj_z.weight[...]).reshape(output.shape)
+        normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
+        out = linear(normed.reshape(batch, seq, -1), self.out_proj.weight[...])
+        return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
+
+
+def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[batch, key_heads, dim] -> [batch, heads, dim]: value head h reads key head h // ratio."""
+    return jnp.repeat(x, heads // x.shape[1], axis=1)

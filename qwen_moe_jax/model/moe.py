@@ -1,0 +1,97 @@
+"""The sparse mixture of experts: router, routed experts, and the shared expert with its gate.
+
+    y = sum over the top-k experts e of p_e * MLP_e(x)  +  sigmoid(x . w_g) * MLP_shared(x)
+
+with p the softmax over all experts, renormalised over the chosen ones (Qwen3-Next; DeepSeekMoE,
+arXiv:2401.06066, for the shared expert).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.model.experts import choose_experts
+from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
+
+
+def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Top-k routing with renormalised probabilities.
+
+    Args:
+        logits: [tokens, experts], compute dtype.
+        top_k: experts a token.
+
+    Returns:
+        (expert_ids int32 [tokens, top_k], weights [tokens, top_k] in logits.dtype, summing to one
+        before that last rounding). Softmax and renormalisation are in float32.
+    """
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    weights, ids = lax.top_k(jax.nn.softmax(logits.astype(wide), axis=-1), top_k)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return ids, weights.astype(logits.dtype)
+
+
+def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x).
+
+    x [tokens, hidden]; gate, up [intermediate, hidden]; down [hidden, intermediate] -> like x.
+    """
+    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+
+
+class Experts(nnx.Module):
+    """All routed experts: `gate_up_proj` [experts, 2 * intermediate, hidden] (gate rows first) and
+    `down_proj` [experts, hidden, intermediate]."""
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+        experts, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = declare((experts, 2 * inner, hidden), dtypes.matrix)
+        self.down_proj = declare((experts, hidden, inner), dtypes.matrix)
+
+
+class SharedExpert(nnx.Module):
+    """The MLP that every token passes through."""
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+        inner, hidden = config.shared_expert_intermediate_size, config.hidden_size
+        self.gate_proj = Weight((inner, hidden), dtypes.matrix)
+        self.up_proj = Weight((inner, hidden), dtypes.matrix)
+        self.down_proj = Weight((hidden, inner), dtypes.matrix)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        return gated_mlp(
+            x, self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
+        )
+
+
+class SparseMoe(nnx.Module):
+    """Parameters of one mixture-of-experts layer."""
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, backend: str):
+        self.config = config
+        self.backend = backend
+        self.gate = Weight((config.num_experts, config.hidden_size), dtypes.matrix)
+        self.experts = Experts(config, dtypes)
+        self.shared_expert = SharedExpert(config, dtypes)
+        self.shared_expert_gate = Weight((1, config.hidden_size), dtypes.matrix)
+
+    def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """The routed sum, [tokens, hidden]; pads (valid [tokens] false) reach no expert and get zero."""
+        c = self.config
+        ids, weights = route(linear(x, self.gate.weight[...]), c.num_experts_per_tok)
+        ids = jnp.where(valid[:, None], ids, c.num_experts)
+        experts = choose_experts(self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok)
+        return experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
+
+    def shared(self, x: jax.Array) -> jax.Array:
+        """The shared expert times its gate, [tokens, hidden]."""
+        return jax.nn.sigmoid(linear(x, self.shared_expert_gate.weight[...])) * self.shared_expert(x)
+
+    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """x [batch, seq, hidden], valid bool [batch, seq] -> [batch, seq, hidden]."""
+        flat = x.reshape(-1, x.shape[-1])
+        return (self.routed(flat, valid.reshape(-1)) + self.shared(flat)).reshape(x.shape)
