@@ -55,7 +55,9 @@ def random_config(seed: int) -> dict[str, Any]:
             "truncate": pick(True, False),
         }
         rope["factor"] = MAX_POSITIONS / rope["original_max_position_embeddings"]
-        rope |= pick({}, {"attention_factor": 1.1}, {"mscale": 1.0, "mscale_all_dim": 0.7}, {"beta_fast": 16.0})
+        rope |= pick(
+            {}, {"attention_factor": 1.1}, {"mscale": 1.0, "mscale_all_dim": 0.7}, {"beta_fast": 16.0}
+        )
     return {
         "model_type": "qwen3_5_moe_text",
         "vocab_size": pick(67, 131, 257, 96),

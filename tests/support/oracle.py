@@ -247,9 +247,7 @@ def mixture_of_experts(c: Mapping[str, Any], p: Params, x: np.ndarray) -> tuple[
     for expert in range(num_experts):
         token, rank = np.nonzero(chosen == expert)
         gate, up = np.split(p["experts.gate_up_proj"][expert], 2)
-        output[token] += weights[token, rank, None] * _mlp(
-            x[token], gate, up, p["experts.down_proj"][expert]
-        )
+        output[token] += weights[token, rank, None] * _mlp(x[token], gate, up, p["experts.down_proj"][expert])
     shared = _mlp(x, *(p[f"shared_expert.{name}_proj.weight"] for name in ("gate", "up", "down")))
     return output + sigmoid(x @ p["shared_expert_gate.weight"].T) * shared, margin
 

@@ -92,13 +92,20 @@ def reference_logits(model: Qwen3_5MoeForCausalLM, ids: Any, attention_mask: Any
 
 @torch.no_grad()
 def reference_greedy(model: Qwen3_5MoeForCausalLM, ids: Any, new_tokens: int) -> list[int]:
-    """Greedy continuation of one row by prefill and cached single-token steps, without stop tokens."""
-    step = torch.as_tensor(np.atleast_2d(np.asarray(ids)), dtype=torch.long)
-    cache, tokens = None, []
+    """Greedy continuation of one row by prefill and cached single-token steps, without stop tokens.
+
+    A model without full attention gets a whole forward for each token: the reference's cache cannot say
+    how many tokens it holds when none of its layers keeps keys.
+    """
+    seen = torch.as_tensor(np.atleast_2d(np.asarray(ids)), dtype=torch.long)
+    cached = "full_attention" in model.config.layer_types
+    cache, step, tokens = None, seen, []
     for _ in range(new_tokens):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(int(step))
+        out = model(input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(int(token))
+        seen = torch.cat([seen, token], dim=1)
+        cache, step = out.past_key_values, token if cached else seen
     return tokens
 
 
@@ -113,7 +120,9 @@ class _Float64Torch:
 
 
 @contextlib.contextmanager
-def float64_reference(config: dict[str, Any], model: Qwen3_5MoeForCausalLM) -> Iterator[Qwen3_5MoeForCausalLM]:
+def float64_reference(
+    config: dict[str, Any], model: Qwen3_5MoeForCausalLM
+) -> Iterator[Qwen3_5MoeForCausalLM]:
     """The same weights in a reference whose every computation is in float64.
 
     `model.double()` is not enough: the norms, the delta rule, the router and the softmax cast to float32 by
