@@ -1,0 +1,1 @@
+"""Grade-school word problems, and how to judge the answers to them."""
