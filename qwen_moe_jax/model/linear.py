@@ -1,0 +1,43 @@
+"""Matrix products, and the dtype that large matrices are held in.
+
+A bfloat16 product with float32 accumulation, rounded once, gives the same number whether the weight
+sits in memory as bfloat16 or as the float32 of equal value. XLA:CPU multiplies float32 at memory speed
+and bfloat16 far below it (`benchmarks/README.md`, "Held dtype on CPU"), so on CPU matrices are held in
+float32, at twice the memory; elsewhere in the compute dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def held_dtype(compute: DTypeLike, backend: str) -> jnp.dtype:
+    """The dtype large matrices (and the key/value cache) have in memory.
+
+    Args:
+        compute: the model's compute dtype.
+        backend: "cpu", "rocm", "gpu", ...
+    """
+    return jnp.dtype(jnp.float32) if backend == "cpu" else jnp.dtype(compute)
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ weight^T, accumulated in float32 (or wider) and rounded once to x.dtype.
+
+    Args:
+        x: [..., in], the compute dtype.
+        weight: [out, in], the held dtype: x.dtype or wider.
+
+    Returns:
+        [..., out] in x.dtype.
+    """
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32)
+    product = lax.dot_general(
+        x.astype(weight.dtype),
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,  # float32 means float32, also on matrix units
+        preferred_element_type=wide,
+    )
+    return product.astype(x.dtype)
