@@ -1,0 +1,151 @@
+"""The key table: which parameters a checkpoint of a configuration holds, under which names and shapes.
+
+A *canonical name* is a Hugging Face key without its `model.` or `model.language_model.` prefix, which is
+also the module path of the parameter, e.g. `layers.0.linear_attn.in_proj_qkv.weight`.
+
+Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H], gate rows first, and
+`mlp.experts.down_proj` [E, H, I]), as the model holds them, or one matrix an expert
+(`mlp.experts.J.{gate,up,down}_proj.weight`), as `save_pretrained` of transformers 5 writes them.
+"""
+
+import dataclasses
+from math import prod
+
+from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+
+_MULTIMODAL_PREFIX = "model.language_model."
+_TEXT_PREFIX = "model."
+_LM_HEAD = "lm_head.weight"
+
+# Families that a checkpoint may hold and text generation does not use.
+_SKIPPED_FAMILIES = ("model.visual", "mtp")
+
+# Small, and read in float32: everything else is a matrix of a product or a lookup table.
+_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias")
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every parameter of the text model, in the order a token meets them.
+
+    `lm_head.weight` is absent when it is tied to the embedding.
+    """
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer, kind in enumerate(config.layer_types):
+        mixer = _attention_shapes(config) if kind == FULL_ATTENTION else _delta_net_shapes(config)
+        block = {
+            "input_layernorm.weight": (hidden,),
+            **mixer,
+            "post_attention_layernorm.weight": (hidden,),
+            **_moe_shapes(config),
+        }
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+    shapes["norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[_LM_HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _attention_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        "self_attn.q_proj.weight": (2 * queries, c.hidden_size),  # per head: query, then output gate
+        "self_attn.k_proj.weight": (keys, c.hidden_size),
+        "self_attn.v_proj.weight": (keys, c.hidden_size),
+        "self_attn.q_norm.weight": (c.head_dim,),
+        "self_attn.k_norm.weight": (c.head_dim,),
+        "self_attn.o_proj.weight": (c.hidden_size, queries),
+    }
+
+
+def _delta_net_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    heads = c.linear_num_value_heads
+    return {
+        "linear_attn.in_proj_qkv.weight": (c.conv_channels, c.hidden_size),  # rows of Q, then K, then V
+        "linear_attn.in_proj_z.weight": (c.value_dim, c.hidden_size),
+        "linear_attn.in_proj_b.weight": (heads, c.hidden_size),
+        "linear_attn.in_proj_a.weight": (heads, c.hidden_size),
+        "linear_attn.conv1d.weight": (c.conv_channels, 1, c.linear_conv_kernel_dim),
+        "linear_attn.A_log": (heads,),
+        "linear_attn.dt_bias": (heads,),
+        "linear_attn.norm.weight": (c.linear_value_head_dim,),
+        "linear_attn.out_proj.weight": (c.hidden_size, c.value_dim),
+    }
+
+
+def _moe_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    experts, routed, shared = c.num_experts, c.moe_intermediate_size, c.shared_expert_intermediate_size
+    return {
+        "mlp.gate.weight": (experts, c.hidden_size),  # the router
+        "mlp.experts.gate_up_proj": (experts, 2 * routed, c.hidden_size),
+        "mlp.experts.down_proj": (experts, c.hidden_size, routed),
+        "mlp.shared_expert.gate_proj.weight": (shared, c.hidden_size),
+        "mlp.shared_expert.up_proj.weight": (shared, c.hidden_size),
+        "mlp.shared_expert.down_proj.weight": (c.hidden_size, shared),
+        "mlp.shared_expert_gate.weight": (1, c.hidden_size),
+    }
+
+
+def canonical_name(hf_key: str) -> str | None:
+    """The key without its prefix, in either form; None if it does not lie under the text model."""
+    if hf_key == _LM_HEAD:
+        return hf_key
+    if skipped_family(hf_key) is not None:
+        return None
+    for prefix in (_MULTIMODAL_PREFIX, _TEXT_PREFIX):
+        if hf_key.startswith(prefix):
+            return hf_key.removeprefix(prefix)
+    return None
+
+
+def hf_key(name: str) -> str:
+    """The key of a canonical name in a text-only checkpoint (`Qwen3_5MoeForCausalLM`)."""
+    return name if name == _LM_HEAD else _TEXT_PREFIX + name
+
+
+def skipped_family(hf_key: str) -> str | None:
+    """The family that text generation does not use ("model.visual" or "mtp") a key belongs to, or None."""
+    return next((family for family in _SKIPPED_FAMILIES if hf_key.startswith(family + ".")), None)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a product or a lookup table, so that it is held in the matrix dtype.
+
+    The others (norms, convolution, A_log, dt_bias) are small and keep the precision of their file.
+    """
+    return not name.endswith(_VECTOR_ENDINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor of the file that is a contiguous part of a parameter.
+
+    Attributes:
+        name: its canonical name.
+        shape: its shape in the file.
+        start: the flat index of its first element in the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """What a fused expert stack is made of in the layout of one matrix an expert; [] for other parameters.
+
+    Args:
+        name: canonical name.
+        shape: of the parameter, [experts, out, in].
+    """
+    if ".experts." not in name:
+        return []
+    stack, projection = name.rsplit(".", 1)
+    experts, out, width = shape
+    parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    part_shape = (out // len(parts), width)
+    return [
+        Piece(f"{stack}.{expert}.{part}.weight", part_shape, (expert * len(parts) + i) * prod(part_shape))
+        for expert in range(experts)
+        for i, part in enumerate(parts)
+    ]

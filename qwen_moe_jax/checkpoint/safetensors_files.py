@@ -1,0 +1,254 @@
+"""Safetensors files as they lie on disk: headers, and elements read in bounded pieces.
+
+A file is an 8-byte little-endian header length, a JSON header (tensor -> dtype, shape, byte range) and the
+tensors' bytes. It is read with plain reads into the destination's own memory: a memory map would keep every
+page it touched resident beside the converted copy.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# What this library computes with; other dtypes of the format are recognised to be named.
+READABLE_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+# Elements converted at once: small enough for the caches, large enough that a read's cost vanishes.
+_PIECE = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        key: its name there.
+        dtype: as the format spells it ("F32", "BF16", ...).
+        shape: in elements.
+        offset: of its first byte in the file.
+        nbytes: its length in the file.
+    """
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder: one `model.safetensors`, or shards named by an index.
+
+    Only headers are read. All damaged files are named at once.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, or no safetensors files inside.
+        CheckpointError: a missing or damaged file, or an index that does not fit its shards.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder} does not exist; expected a checkpoint folder.")
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if index.is_file():
+        return _indexed_tensors(folder, _weight_map(index))
+    if single.is_file():
+        return read_header(single)
+    loose = sorted(file.name for file in folder.glob("*.safetensors"))
+    if loose:
+        raise CheckpointNotFoundError(
+            f"{folder} holds {abbreviate(loose)} but neither {SINGLE_FILE} nor {INDEX_FILE}, "
+            "which says what the shards hold; copy the index as well."
+        )
+    raise CheckpointNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index} is damaged: expected a JSON object with a weight_map of keys to shard files."
+        ) from None
+    outside = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n)
+    if outside:
+        raise CheckpointError(f"{index} names {abbreviate(outside)}; expected files in the same folder.")
+    return weight_map
+
+
+def _indexed_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    shards = sorted(set(weight_map.values()))
+    problems, headers = [], {}
+    if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in shards:
+        problems.append(f"{folder} holds both {SINGLE_FILE} and an index of other files; remove one of them.")
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        problems.append(f"{folder} lacks {abbreviate(missing)}, which {INDEX_FILE} names; copy it again.")
+    for name in shards:
+        if name not in missing:
+            try:
+                headers[name] = read_header(folder / name)
+            except CheckpointError as error:
+                problems.append(str(error))
+    for name, header in headers.items():
+        listed = {key for key, shard in weight_map.items() if shard == name}
+        if listed - header.keys():
+            problems.append(
+                f"{folder / name} lacks {abbreviate(sorted(listed - header.keys()))}, which {INDEX_FILE} "
+                "places there."
+            )
+        if header.keys() - listed:
+            problems.append(
+                f"{folder / name} holds {abbreviate(sorted(header.keys() - listed))}, which {INDEX_FILE} "
+                "does not place there."
+            )
+    if problems:
+        raise (CheckpointNotFoundError if missing else CheckpointError)(" ".join(problems))
+    return {key: headers[shard][key] for key, shard in weight_map.items()}
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: not such a file, or truncated.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if (start + stream.read(32)).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file} is a Git LFS pointer, not weights; run `git lfs pull`.")
+        stream.seek(8)
+        length = int.from_bytes(start, "little")
+        if size < 8 or not 2 <= length <= size - 8:
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file: it has {size} bytes and its header would "
+                f"have {length}; copy it again."
+            )
+        raw = stream.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {key: _entry(file, key, value, 8 + length) for key, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = error.args[0] if error.args else type(error).__name__
+        raise CheckpointError(f"{file} has a garbled safetensors header ({detail}); copy it again.") from None
+    _check_extent(file, size, 8 + length, tensors)
+    return tensors
+
+
+def _entry(file: Path, key: str, value: dict[str, Any], data: int) -> StoredTensor:
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if dtype not in _BITS:
+        raise ValueError(f"{key} has the unknown dtype {dtype!r}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{key} has shape {list(shape)} and bytes {begin} to {end}")
+    if 8 * (end - begin) != prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{key} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes")
+    return StoredTensor(file, key, dtype, shape, data + begin, end - begin)
+
+
+def _check_extent(file: Path, size: int, data: int, tensors: dict[str, StoredTensor]) -> None:
+    end = data
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file} has a garbled safetensors header ({tensor.key} begins at byte {tensor.offset} "
+                f"instead of {end}); copy it again."
+            )
+        end += tensor.nbytes
+    if size < end:
+        raise CheckpointError(
+            f"{file} is truncated: its header describes {end} bytes and it has {size}; copy it again."
+        )
+    if size > end:
+        raise CheckpointError(
+            f"{file} has {size - end} bytes more than the {end} its header describes; copy it again."
+        )
+
+
+def read_elements(tensor: StoredTensor, start: int, out: np.ndarray) -> bool:
+    """Reads consecutive elements of a stored tensor, converting them to `out`'s dtype on the way.
+
+    The one place where weights are read: a whole tensor is `start=0`, rows of it are a range.
+
+    Args:
+        tensor: float32 or bfloat16.
+        start: flat index of the first element.
+        out: contiguous, float32 or bfloat16; its size says how many elements.
+
+    Returns:
+        Whether every element is finite in `out` (a float32 value may overflow bfloat16).
+    """
+    stored = READABLE_DTYPES[tensor.dtype]
+    out = out.reshape(-1)
+    direct = stored == out.dtype
+    scratch = None if direct else np.empty(min(_PIECE, out.size), stored)
+    finite = True
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset + start * stored.itemsize)
+        for first in range(0, out.size, _PIECE):
+            target = out[first : first + _PIECE]
+            piece = target if scratch is None else scratch[: target.size]
+            _fill(stream, piece.view(np.uint8), tensor)
+            if scratch is not None:
+                with np.errstate(over="ignore"):
+                    np.copyto(target, piece, casting="unsafe")
+            # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
+            finite = finite and _all_finite(piece if piece.itemsize < target.itemsize else target)
+    return finite
+
+
+def _fill(stream: Any, buffer: np.ndarray, tensor: StoredTensor) -> None:
+    view = buffer.data
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise CheckpointError(f"{tensor.file} ended inside {tensor.key}: it changed while being read.")
+        view = view[count:]
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Without a float copy: infinity and NaN are the bit patterns whose exponent bits are all ones."""
+    if values.dtype == READABLE_DTYPES["BF16"]:
+        return bool((values.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
+    return bool((values.view(np.uint32) & 0x7FFFFFFF).max(initial=0) < 0x7F800000)
+
+
+def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    """The tensor's values in order, as short float32 arrays."""
+    total = prod(tensor.shape)
+    for first in range(0, total, _PIECE):
+        piece = np.empty(min(_PIECE, total - first), np.float32)
+        read_elements(tensor, first, piece)
+        yield piece
+
+
+def abbreviate(items: list[str], limit: int = 10) -> str:
+    """The items, comma-separated; long lists end in "and N more"."""
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

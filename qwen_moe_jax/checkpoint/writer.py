@@ -1,0 +1,197 @@
+"""Writes a checkpoint in the Hugging Face layout, which `transformers` loads.
+
+Experts are written fused, as released bfloat16 checkpoints have them. Tensors go to the file one at a time in
+bounded pieces, so that writing needs next to no memory beside the parameters.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_moe_jax.checkpoint.layout import hf_key, is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import CheckpointError
+
+# What belongs to a checkpoint besides weights and config.json.
+EXTRA_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+# Where the arrays of a checkpoint in Orbax layout lie.
+ORBAX_FOLDER = "orbax"
+
+_FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()}
+_PIECE = 1 << 20  # elements converted and written at once
+
+
+def write_safetensors(
+    folder: str | Path,
+    parameters: Mapping[str, jax.Array],
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    max_shard_bytes: int = 4 << 30,
+    extra_files_from: str | Path | None = None,
+) -> None:
+    """Writes weights, config.json and the files beside them; an earlier checkpoint there is replaced.
+
+    Matrices are written in `dtype`, into which they must go exactly (a bfloat16 model may hold bfloat16
+    values in float32). So are the small parameters, except those that need float32 and then keep it.
+
+    Args:
+        folder: created if it does not exist.
+        parameters: canonical name -> array, exactly those of `config`.
+        config: written with `dtype` as its own.
+        dtype: the model's compute dtype, float32 or bfloat16.
+        max_shard_bytes: a tensor that is larger gets a file of its own.
+        extra_files_from: folder whose tokenizer, chat template and generation_config.json are copied.
+
+    Raises:
+        CheckpointError: parameters that do not fit the configuration, a matrix that `dtype` cannot hold, or a
+            folder with a checkpoint in Orbax layout.
+    """
+    check_parameters(parameters, config)
+    folder = Path(folder)
+    refuse_second_layout(folder, ORBAX_FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtypes = stored_dtypes(parameters, np.dtype(dtype))
+    shards = _shards(parameters, dtypes, max_shard_bytes)
+    names = (
+        [SINGLE_FILE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    # Written under other names first, so that a checkpoint is never replaced by half of one.
+    for file, members in zip(names, shards, strict=True):
+        _write_file(folder / f"{file}.part", {name: parameters[name] for name in members}, dtypes)
+    for stale in (folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
+        stale.unlink(missing_ok=True)
+    for file in names:
+        (folder / f"{file}.part").replace(folder / file)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_nbytes(parameters[n], dtypes[n]) for n in parameters)},
+            "weight_map": {
+                hf_key(name): file for file, members in zip(names, shards, strict=True) for name in members
+            },
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_side_files(folder, config, np.dtype(dtype), extra_files_from)
+
+
+def refuse_second_layout(folder: Path, *names: str) -> None:
+    """Raises CheckpointError if the folder holds one of these, the marks of another checkpoint layout."""
+    found = [name for name in names if (folder / name).exists()]
+    if found:
+        raise CheckpointError(
+            f"{folder} already holds a checkpoint in another layout ({found[0]}), so that it would be unclear "
+            "which one to load; choose another folder."
+        )
+
+
+def check_parameters(parameters: Mapping[str, jax.Array], config: ModelConfig) -> None:
+    """Raises CheckpointError unless names and shapes are exactly those of the configuration."""
+    shapes = parameter_shapes(config)
+    wrong = [
+        f"{name} {list(parameters[name].shape)} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if name in parameters and parameters[name].shape != shape
+    ]
+    problems = [
+        f"{what} {abbreviate(found)}"
+        for what, found in (
+            ("missing", [name for name in shapes if name not in parameters]),
+            ("unexpected", [name for name in parameters if name not in shapes]),
+            ("wrong shapes", wrong),
+        )
+        if found
+    ]
+    if problems:
+        raise CheckpointError(f"The parameters do not fit the configuration: {'; '.join(problems)}.")
+
+
+def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[str, np.dtype]:
+    """Name -> the dtype it is written in: `dtype`, or float32 for a small parameter that needs it.
+
+    Raises:
+        CheckpointError: a `dtype` that is neither float32 nor bfloat16, or matrices that it cannot hold.
+    """
+    if dtype not in _FORMAT_NAMES:
+        raise CheckpointError(f"A checkpoint cannot be written in {dtype}; expected float32 or bfloat16.")
+    exact = {name: _goes_exactly(value, dtype) for name, value in parameters.items()}
+    lossy = [name for name, fits in exact.items() if not fits and is_matrix(name)]
+    if lossy:
+        raise CheckpointError(
+            f"{abbreviate(lossy)} cannot be written in {dtype} without rounding; write float32 instead."
+        )
+    return {name: dtype if fits else np.dtype(np.float32) for name, fits in exact.items()}
+
+
+def write_side_files(
+    folder: Path, config: ModelConfig, dtype: np.dtype, extra_files_from: str | Path | None
+) -> None:
+    """Writes config.json and copies what else belongs to a checkpoint."""
+    written = dataclasses.replace(config, dtype=dtype.name).to_dict()
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if extra_files_from is not None and Path(extra_files_from).resolve() != folder.resolve():
+        for name in EXTRA_FILES:
+            if (Path(extra_files_from) / name).is_file():
+                shutil.copyfile(Path(extra_files_from) / name, folder / name)
+
+
+def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
+    flat = np.asarray(value).reshape(-1)  # no copy on CPU
+    for first in range(0, flat.size, _PIECE):
+        yield flat[first : first + _PIECE]
+
+
+def _goes_exactly(value: jax.Array, dtype: np.dtype) -> bool:
+    if value.dtype == dtype or value.dtype == jnp.bfloat16:
+        return True
+    return all(np.array_equal(piece.astype(dtype).astype(piece.dtype), piece) for piece in _pieces(value))
+
+
+def _nbytes(value: jax.Array, dtype: np.dtype) -> int:
+    return prod(value.shape) * dtype.itemsize
+
+
+def _shards(
+    parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype], limit: int
+) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, value in parameters.items():
+        size = _nbytes(value, dtypes[name])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _write_file(file: Path, parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
+    end = 0
+    for name, value in parameters.items():
+        begin, end = end, end + _nbytes(value, dtypes[name])
+        header[hf_key(name)] = {
+            "dtype": _FORMAT_NAMES[dtypes[name]],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for name, value in parameters.items():
+            for piece in _pieces(value):
+                stream.write(piece.astype(dtypes[name], copy=False).view(np.uint8).data)
