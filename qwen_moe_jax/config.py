@@ -7,6 +7,7 @@ nothing is guessed from a similar one.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 32768,
 }
 _DTYPES = ("float32", "bfloat16")
+
+# Switches of this model family and its siblings, with the only value that is implemented.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "mamba_ssm_dtype": "float32",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,10 +158,14 @@ class ModelConfig:
                     f"config.json has model_type {model_type!r} but no text_config object; "
                     "a multimodal checkpoint describes its text model there."
                 )
+            if inner.get("model_type", TEXT_MODEL_TYPE) != TEXT_MODEL_TYPE:
+                raise ConfigError(
+                    f"text_config has model_type {inner['model_type']!r}; expected {TEXT_MODEL_TYPE!r}."
+                )
             # The outer level wins where the multimodal reference reads it from there.
             text = dict(inner)
             for key in ("tie_word_embeddings", "quantization_config"):
-                if key in raw:
+                if raw.get(key) is not None:
                     text[key] = raw[key]
             for key in ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype"):
                 if text.get(key) is None and raw.get(key) is not None:
@@ -231,13 +247,10 @@ _YARN_KEYS = (
 
 
 def _from_text_dict(text: Mapping[str, Any]) -> ModelConfig:
-    act = text.get("hidden_act", "silu")
-    if act != "silu":
-        raise ConfigError(f"hidden_act is {act!r}; only 'silu' is implemented.")
-    if text.get("attention_bias", False):
-        raise ConfigError(
-            "attention_bias is true; Qwen3.5 MoE has no attention bias and none is implemented."
-        )
+    for key, implemented in _FIXED.items():
+        value = text.get(key)
+        if value is not None and value != implemented:
+            raise ConfigError(f"{key} is {value!r}; only {implemented!r} is implemented.")
     quantization = text.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
@@ -245,29 +258,34 @@ def _from_text_dict(text: Mapping[str, Any]) -> ModelConfig:
             f"quantization_config has quant_method {method!r}; only unquantised float32 and bfloat16 "
             "checkpoints can be loaded."
         )
-    mamba_dtype = text.get("mamba_ssm_dtype", "float32")
-    if mamba_dtype != "float32":
-        raise ConfigError(f"mamba_ssm_dtype is {mamba_dtype!r}; the recurrent state is always float32 here.")
-
     sizes = {}
     for key, default in _DEFAULTS.items():
         value = text.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_int(value) or value < 1:
             raise ConfigError(f"{key} is {value!r}; expected a positive integer.")
         sizes[key] = value
 
-    dtype = text.get("dtype", text.get("torch_dtype"))
+    dtype = text.get("dtype") or text.get("torch_dtype")
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}.")
     eos = text.get("eos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    for key, ids in (
+        ("eos_token_id", eos_ids),
+        *((key, (text[key],)) for key in ("bos_token_id", "pad_token_id") if text.get(key) is not None),
+    ):
+        if not all(_is_int(i) for i in ids):
+            raise ConfigError(f"{key} is {text[key]!r}; expected a token id.")
+    tied = text.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ConfigError(f"tie_word_embeddings is {tied!r}; expected true or false.")
     return ModelConfig(
         **sizes,
         layer_types=_layer_types(text, sizes["num_hidden_layers"]),
         rope=_rope(text),
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+        rms_norm_eps=_positive(text, "rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(tied),
         eos_token_ids=eos_ids,
         bos_token_id=text.get("bos_token_id"),
         pad_token_id=text.get("pad_token_id"),
@@ -275,15 +293,28 @@ def _from_text_dict(text: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(mapping: Mapping[str, Any], key: str, default: float) -> float:
+    value = mapping.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{key} is {value!r}; expected a positive number.")
+    return float(value)
+
+
 def _layer_types(text: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     given = text.get("layer_types")
     if given is None:
         interval = text.get("full_attention_interval", 4)
-        if not isinstance(interval, int) or interval < 1:
+        if not _is_int(interval) or interval < 1:
             raise ConfigError(f"full_attention_interval is {interval!r}; expected a positive integer.")
         return tuple(
             LINEAR_ATTENTION if (layer + 1) % interval else FULL_ATTENTION for layer in range(num_layers)
         )
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"layer_types is {given!r}; expected a list with one entry a layer.")
     unknown = sorted({str(kind) for kind in given} - {LINEAR_ATTENTION, FULL_ATTENTION})
     if unknown:
         raise ConfigError(
@@ -299,8 +330,12 @@ def _rope(text: Mapping[str, Any]) -> RopeConfig:
     for key in ("rope_theta", "partial_rotary_factor"):
         if text.get(key) is not None:
             raw[key] = text[key]
-    raw |= text.get("rope_scaling") or {}
-    raw |= text.get("rope_parameters") or {}
+    given = text.get("rope_scaling") or text.get("rope_parameters") or {}  # the reference's precedence
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise ConfigError(
+            f"rope_parameters is {given!r}; expected one object for all layers, of numbers and names."
+        )
+    raw |= given
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "mrope":  # an older name of "default" with an mrope_section
         kind = "default"
@@ -310,19 +345,27 @@ def _rope(text: Mapping[str, Any]) -> RopeConfig:
         raise ConfigError(
             "mrope_interleaved is false; Qwen3.5 interleaves its MRoPE and only that is implemented."
         )
-    section = tuple(raw.get("mrope_section", (11, 11, 10)))
-    if len(section) != 3 or not all(isinstance(n, int) and n >= 0 for n in section):
-        raise ConfigError(f"mrope_section is {list(section)!r}; expected three non-negative integers.")
+    section = raw.get("mrope_section", (11, 11, 10))
+    if (
+        not isinstance(section, list | tuple)
+        or len(section) != 3
+        or not all(_is_int(n) and n >= 0 for n in section)
+    ):
+        raise ConfigError(f"mrope_section is {section!r}; expected three non-negative integers.")
     yarn: dict[str, Any] = {}
     if kind == "yarn":
         yarn = {key: raw[key] for key in _YARN_KEYS if raw.get(key) is not None}
         if "original_max_position_embeddings" not in yarn:
             raise ConfigError("rope_type 'yarn' needs original_max_position_embeddings, which is missing.")
+        if not isinstance(yarn.get("truncate", True), bool):
+            raise ConfigError(f"truncate is {yarn['truncate']!r}; expected true or false.")
+        for key in yarn.keys() - {"truncate"}:
+            _positive(yarn, key, 1.0)
     return RopeConfig(
         kind=kind,
-        theta=float(raw.get("rope_theta", 1e7)),
-        partial_rotary_factor=float(raw.get("partial_rotary_factor", 0.25)),
-        mrope_section=section,  # type: ignore[arg-type]
+        theta=_positive(raw, "rope_theta", 1e7),
+        partial_rotary_factor=_positive(raw, "partial_rotary_factor", 0.25),
+        mrope_section=tuple(section),  # type: ignore[arg-type]
         **yarn,
     )
 

@@ -74,7 +74,7 @@ class CheckpointSummary:
             f"{c.linear_num_value_heads} value heads of {c.linear_value_head_dim}, "
             f"convolution over {c.linear_conv_kernel_dim} tokens",
             f"  attention        {c.num_attention_heads} query heads, {c.num_key_value_heads} key/value "
-            f"heads of {c.head_dim}, {c.rotary_dim} dimensions rotated ({c.rope.kind}, theta {c.rope.theta:g})",
+            f"heads of {c.head_dim}, {c.rotary_dim} rotated ({c.rope.kind}, theta {c.rope.theta:g})",
             f"  experts          {c.num_experts} of width {c.moe_intermediate_size}, "
             f"top-{c.num_experts_per_tok}, and a shared one of width {c.shared_expert_intermediate_size}",
             f"  vocabulary       {c.vocab_size}, embedding {embedding}",

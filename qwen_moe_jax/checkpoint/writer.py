@@ -91,8 +91,8 @@ def refuse_second_layout(folder: Path, *names: str) -> None:
     found = [name for name in names if (folder / name).exists()]
     if found:
         raise CheckpointError(
-            f"{folder} already holds a checkpoint in another layout ({found[0]}), so that it would be unclear "
-            "which one to load; choose another folder."
+            f"{folder} already holds a checkpoint in another layout ({found[0]}), and both would be "
+            "ambiguous; choose another folder."
         )
 
 
