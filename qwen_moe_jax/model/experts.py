@@ -29,6 +29,14 @@ def _expert(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, down)
 
 
+def _weights_of(expert: jax.Array, gate_up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One expert's matrices. A dynamic slice, which XLA:CPU multiplies in place; indexing would copy."""
+    return (
+        lax.dynamic_index_in_dim(gate_up, expert, keepdims=False),
+        lax.dynamic_index_in_dim(down, expert, keepdims=False),
+    )
+
+
 def dense_experts(
     x: jax.Array, expert_ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
@@ -36,7 +44,7 @@ def dense_experts(
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
-        output = _expert(x, gate_up[expert], down[expert])
+        output = _expert(x, *_weights_of(expert, gate_up, down))
         chosen = jnp.where(expert_ids == expert, weights, 0)
         # an expert chosen in several slots is added once a slot, each product rounded on its own
         return total + (output[:, None] * chosen[..., None]).astype(wide).sum(axis=1)
@@ -48,25 +56,28 @@ def dense_experts(
 def gathered_experts(
     x: jax.Array, expert_ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """One slot after the other, each reading its expert's weights in place: for a few tokens (decode)."""
-    top_k = expert_ids.shape[1]
+    """One slot after the other, each reading its expert's weights in place: for a few tokens (decode).
+
+    A slot without an expert costs as much as any other.
+    """
+    tokens, top_k = expert_ids.shape
     experts = gate_up.shape[0]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    flat_ids = expert_ids.reshape(-1)
 
-    def one_slot(slot: jax.Array, outputs: jax.Array) -> jax.Array:
-        expert = flat_ids[slot]
-        token = lax.dynamic_slice_in_dim(x, slot // top_k, 1)
+    def one_token(token: jax.Array | int, total: jax.Array) -> jax.Array:
+        row = lax.dynamic_slice_in_dim(x, token, 1)
+        parts = []
+        # unrolled: XLA:CPU then multiplies straight from the stack of weights, without copying a slice
+        for slot in range(top_k):
+            expert = expert_ids[token, slot]
+            inside = jnp.minimum(expert, experts - 1)
+            output = _expert(row, *_weights_of(inside, gate_up, down)) * weights[token, slot]
+            parts.append(jnp.where(expert < experts, output.astype(wide), 0))
+        return lax.dynamic_update_slice_in_dim(total, sum(parts), token, axis=0)
 
-        def compute(_: None) -> jax.Array:
-            return _expert(token, gate_up[expert], down[expert])[0]
-
-        output = lax.cond(expert < experts, compute, lambda _: jnp.zeros(x.shape[1:], x.dtype), None)
-        return lax.dynamic_update_index_in_dim(outputs, output, slot, axis=0)
-
-    outputs = lax.fori_loop(0, flat_ids.size, one_slot, jnp.zeros((flat_ids.size, x.shape[1]), x.dtype))
-    weighted = outputs.reshape(*expert_ids.shape, -1) * weights[..., None]
-    return weighted.astype(wide).sum(axis=1).astype(x.dtype)
+    total = jnp.zeros(x.shape, wide)
+    total = one_token(0, total) if tokens == 1 else lax.fori_loop(0, tokens, one_token, total)
+    return total.astype(x.dtype)
 
 
 def grouped_experts(
@@ -103,7 +114,7 @@ def grouped_experts(
         within = index - (last_block[expert] - blocks[expert])
         start = first_slot[expert] + within * block
         rows = lax.dynamic_slice_in_dim(source, start, block)
-        output = _expert(x[rows], gate_up[expert], down[expert])
+        output = _expert(x[rows], *_weights_of(expert, gate_up, down))
         # A block may reach into the next expert's slots; those are written again by their own, later block.
         return lax.dynamic_update_slice_in_dim(outputs, output, start, axis=0)
 
@@ -123,16 +134,11 @@ def choose_experts(backend: str, num_tokens: int, num_experts: int, top_k: int) 
     outnumber experts.
     """
     slots = num_tokens * top_k
-    if backend == "cpu":
-        if num_tokens == 1:
-            return gathered_experts
-        return partial(grouped_experts, block=_cpu_block(slots, num_experts))
-    return gathered_experts if slots <= num_experts else partial(grouped_experts, block=64)
-
-
-def _cpu_block(slots: int, num_experts: int) -> int:
-    # about the slots an expert gets: larger blocks waste rows, smaller ones read weights more often
-    block = 8
-    while block < 64 and block * num_experts < 2 * slots:
-        block *= 2
-    return block
+    if slots <= num_experts:
+        return gathered_experts
+    if backend != "cpu":
+        return partial(grouped_experts, block=64)
+    # Wide enough for nearly every expert's slots (mean plus two deviations of an even routing): a second
+    # block reads the weights again, and a wider one multiplies empty rows.
+    mean = slots / num_experts
+    return partial(grouped_experts, block=-(-int(mean + 2 * mean**0.5) // 8) * 8)

@@ -33,10 +33,11 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
         [..., out] in x.dtype.
     """
     wide = jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32)
-    product = lax.dot_general(
+    # Written as a product with a transposed matrix, which XLA:CPU fuses into a matrix-vector product
+    # that reads the matrix in place, on all cores; contracting the last axes directly is 1.3 to 4 times slower.
+    product = jnp.matmul(
         x.astype(weight.dtype),
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
+        weight.T,
         precision=lax.Precision.HIGHEST,  # float32 means float32, also on matrix units
         preferred_element_type=wide,
     )
