@@ -124,7 +124,7 @@ def read_orbax(
         raise CheckpointError(
             f"{folder} holds NaN or infinite values in {abbreviate(not_finite)}; the weights are damaged."
         )
-    return read
+    return {name: read[name] for name in expected}
 
 
 def stored_arrays(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -164,7 +164,7 @@ def check_arrays(
         if name in stored and stored[name].shape != shape
     ]
     problems = [
-        f"{len(found)} {what} ({abbreviate(found)})"
+        f"{what}: {abbreviate(found)}"
         for what, found in (
             ("missing keys", [name for name in shapes if name not in stored]),
             ("unexpected keys", [name for name in stored if name not in shapes]),

@@ -188,7 +188,7 @@ def match_tensors(
     unexpected += [tensor.key for tensor in unused.values()]
 
     problems = [
-        f"{len(found)} {what} ({abbreviate(found)})"
+        f"{what}: {abbreviate(found)}"
         for what, found in (
             ("missing keys", missing),
             ("unexpected keys", unexpected),

@@ -90,7 +90,9 @@ class Loaded:
     skipped: dict[str, int]
 
 
-def load_decoder(folder: Path, config: ModelConfig, compute: jnp.dtype, backend: str, progress: bool) -> Loaded:
+def load_decoder(
+    folder: Path, config: ModelConfig, compute: jnp.dtype, backend: str, progress: bool
+) -> Loaded:
     """Reads a checkpoint in Hugging Face or Orbax layout into a decoder.
 
     Raises:

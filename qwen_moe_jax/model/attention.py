@@ -129,7 +129,9 @@ class GatedAttention(nnx.Module):
         """
         batch, seq, _ = x.shape
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        query, gate = jnp.split(linear(x, self.q_proj.weight[...]).reshape(batch, seq, -1, 2 * dim), 2, axis=-1)
+        query, gate = jnp.split(
+            linear(x, self.q_proj.weight[...]).reshape(batch, seq, -1, 2 * dim), 2, axis=-1
+        )
         key = linear(x, self.k_proj.weight[...]).reshape(batch, seq, -1, dim)
         value = linear(x, self.v_proj.weight[...]).reshape(batch, seq, -1, dim)
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)

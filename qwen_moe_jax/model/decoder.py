@@ -77,9 +77,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtypes = dtypes
         self.embed_tokens = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
-        self.layers = nnx.List(
-            [DecoderLayer(config, dtypes, backend, kind) for kind in config.layer_types]
-        )
+        self.layers = nnx.List([DecoderLayer(config, dtypes, backend, kind) for kind in config.layer_types])
         self.norm = Weight((config.hidden_size,), dtypes.vector)
         if not config.tie_word_embeddings:
             self.lm_head = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
@@ -131,7 +129,7 @@ def abstract_decoder(config: ModelConfig, dtypes: DtypePolicy, backend: str) -> 
 
 
 def named_parameters(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:
-    """Canonical name (the checkpoint key without its prefix) -> parameter, e.g. `layers.0.mlp.gate.weight`."""
+    """Canonical name (checkpoint key without its prefix, `layers.0.mlp.gate.weight`) -> parameter."""
     flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 

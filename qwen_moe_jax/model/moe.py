@@ -63,9 +63,7 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[tokens, hidden] -> [tokens, hidden]."""
-        return gated_mlp(
-            x, self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
-        )
+        return gated_mlp(x, self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...])
 
 
 class SparseMoe(nnx.Module):

@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+_FLOAT32 = jnp.dtype(jnp.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
@@ -19,7 +21,7 @@ class DtypePolicy:
 
     compute: jnp.dtype
     matrix: jnp.dtype
-    vector: jnp.dtype = jnp.dtype(jnp.float32)
+    vector: jnp.dtype = _FLOAT32
 
 
 def declare(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:

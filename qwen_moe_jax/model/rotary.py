@@ -28,7 +28,9 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return _yarn(rope, extrapolated, dim, config.max_position_embeddings)
 
 
-def _yarn(rope: RopeConfig, extrapolated: np.ndarray, dim: int, max_positions: int) -> tuple[np.ndarray, float]:
+def _yarn(
+    rope: RopeConfig, extrapolated: np.ndarray, dim: int, max_positions: int
+) -> tuple[np.ndarray, float]:
     trained = rope.original_max_position_embeddings
     assert trained is not None  # checked when the configuration is read
     factor = rope.factor if rope.factor is not None else max_positions / trained

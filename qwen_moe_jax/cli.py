@@ -1,0 +1,174 @@
+"""The `qwen-moe-jax` command: generate, eval, inspect, convert.
+
+An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_moe_jax.errors import InputError, QwenMoeError
+
+_SAMPLING_OPTIONS = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (QwenMoeError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"qwen-moe-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen-moe-jax", description="Qwen3.5 MoE inference in JAX.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    loading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    loading.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (the checkpoint's own)")
+    loading.add_argument(
+        "--no-compilation-cache", action="store_true", help="keep no compiled programs for the next run"
+    )
+
+    command = commands.add_parser("generate", parents=[common, loading], help="continue a prompt")
+    command.add_argument("prompt")
+    command.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    command.add_argument(
+        "--raw", action="store_true", help="continue the text itself, without a chat template"
+    )
+    command.add_argument("--system", help="system message of the chat")
+    command.add_argument("--no-thinking", action="store_true", help="tell the chat template so")
+    command.add_argument("--do-sample", action="store_true", help="draw tokens at random")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
+    for name, kind in _SAMPLING_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser(
+        "eval", parents=[common, loading], help="accuracy on held-out word problems"
+    )
+    command.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    command.add_argument("--problems", type=int, default=500, help="how many (default 500)")
+    command.add_argument("--batch-size", type=int, default=50)
+    command.add_argument("--seed", type=int, default=1, help="which problems")
+    command.add_argument(
+        "--unseen-templates", action="store_true", help="sentence structures never trained on"
+    )
+    command.add_argument("--show-mistakes", type=int, default=0, metavar="N", help="print the first N")
+    command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("inspect", parents=[common], help="architecture, parameters and memory")
+    command.add_argument("path", help="checkpoint folder")
+    command.add_argument("--context", type=int, help="tokens a sequence, for the cache sizes")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "convert", parents=[common, loading], help="write a checkpoint in Orbax layout"
+    )
+    command.add_argument("source", help="checkpoint folder or hub id")
+    command.add_argument("destination", help="folder to write")
+    command.set_defaults(run=_convert)
+    return parser
+
+
+def _load(path: str, options: argparse.Namespace) -> Any:
+    from qwen_moe_jax.generation.api import QwenMoe
+
+    model = QwenMoe.from_pretrained(
+        path,
+        dtype=options.dtype,
+        progress=sys.stderr.isatty(),
+        compilation_cache=None if options.no_compilation_cache else "auto",
+    )
+    for family, count in model.skipped.items():
+        print(
+            f"{count} tensors of {family} are not part of text generation and were not read.", file=sys.stderr
+        )
+    return model
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from qwen_moe_jax.generation.options import GenerationConfig
+
+    given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS if getattr(options, name) is not None}
+    config = GenerationConfig().override(**given, do_sample=options.do_sample, stop_strings=options.stop)
+    model = _load(options.model, options)
+    chat = not options.raw and model.chat_template is not None
+    if not chat and (options.system or options.no_thinking):
+        raise InputError(
+            "--system and --no-thinking need a chat template, and the prompt is taken as plain text."
+        )
+    prompt: Any = options.prompt
+    if chat:
+        prompt = [{"role": "system", "content": options.system}] if options.system else []
+        prompt.append({"role": "user", "content": options.prompt})
+    for piece in model.stream(prompt, config, enable_thinking=False if options.no_thinking else None):
+        print(piece.text, end="", flush=True)
+    print()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from qwen_moe_jax.evaluation.evaluate import evaluate
+    from qwen_moe_jax.evaluation.word_problems import held_out
+
+    if options.problems < 1 or options.batch_size < 1:
+        raise InputError(
+            f"--problems is {options.problems} and --batch-size {options.batch_size}; expected at least 1 each."
+        )
+    try:
+        problems = held_out(options.problems, options.seed, unseen_templates=options.unseen_templates)
+    except ValueError as error:
+        raise InputError(f"--problems is {options.problems}: {error}.") from None
+    model = _load(options.model, options)
+    result = evaluate(model, problems, batch_size=options.batch_size, progress=True)
+    kind = "templates never trained on" if options.unseen_templates else "seen templates with new numbers"
+    print(f"accuracy on {kind}: {result}")
+    wrong = [
+        (problem, text)
+        for problem, text, answer in zip(problems, result.texts, result.answers, strict=True)
+        if answer != problem.answer
+    ]
+    for problem, text in wrong[: options.show_mistakes]:
+        print(f"\n{problem.question}\n  expected: {problem.solution}\n  answered: {text}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
+    from qwen_moe_jax.generation.loading import resolve_folder
+
+    print(inspect_checkpoint(resolve_folder(options.path), context=options.context))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    destination = Path(options.destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(f"{destination} exists and is not an empty folder; give a new one.")
+    model = _load(options.source, options)
+    model.save_orbax(destination)
+    print(f"wrote {destination} ({model.config.num_hidden_layers} layers, {model.dtype})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""`QwenMoe`: a checkpoint, ready to compute logits and generate text."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_moe_jax.checkpoint.orbax import save_orbax
+from qwen_moe_jax.checkpoint.writer import write_safetensors
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.generation.batching import PromptBatch, to_rows
+from qwen_moe_jax.generation.chat import ChatTemplate
+from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
+from qwen_moe_jax.generation.engine import BLOCK_STEPS, Engine
+from qwen_moe_jax.generation.loading import Loaded, compute_dtype, load_decoder, resolve_folder
+from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
+from qwen_moe_jax.generation.running import Generation
+from qwen_moe_jax.generation.stopping import Row
+from qwen_moe_jax.generation.tokenizer import Tokenizer
+from qwen_moe_jax.model.decoder import named_parameters
+
+# Steps a device call while streaming: text appears this many tokens at a time.
+STREAM_STEPS = 4
+
+
+class QwenMoe:
+    """A Qwen3.5 MoE text model with its tokenizer.
+
+    Attributes:
+        config: the model's sizes and options, one field for each value of config.json that matters.
+        tokenizer: the checkpoint's own, or None.
+        chat_template: the checkpoint's own, or None.
+        dtype: the compute dtype.
+        folder: where it was loaded from.
+        skipped: families of tensors in the checkpoint that text generation does not use, with their
+            number (the vision tower, multi-token prediction).
+    """
+
+    def __init__(self, loaded: Loaded, folder: Path, backend: str):
+        decoder = loaded.decoder
+        self.config: ModelConfig = decoder.config
+        self.dtype: jnp.dtype = decoder.dtypes.compute
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.chat_template = ChatTemplate.from_folder(folder)
+        self.folder = folder
+        self.skipped = loaded.skipped
+        self.engine = Engine(decoder, backend)
+        self._decoder = decoder
+        self._eos_ids = loaded.eos_token_ids
+        if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
+            self._eos_ids = (self.tokenizer.eos_token_id,)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Any = "auto",
+        progress: bool = False,
+        compilation_cache: str | Path | None = "auto",
+    ) -> "QwenMoe":
+        """Loads a checkpoint onto the default device.
+
+        Args:
+            path: a local folder in Hugging Face or Orbax layout, or a hub id where huggingface_hub is
+                installed and can reach it.
+            dtype: jnp.float32, jnp.bfloat16, or "auto" for the checkpoint's own. On CPU large matrices
+                are held in float32 either way (see `model/linear.py`); the results are the dtype's.
+            progress: shows a bar on stderr.
+            compilation_cache: where compiled programs are kept for the next process: "auto" (a folder in
+                the user's cache), a folder, or None to keep none.
+
+        Raises:
+            CheckpointNotFoundError: no such folder, or a file in it is missing.
+            CheckpointError: the checkpoint is damaged or does not fit its configuration.
+            ConfigError: config.json asks for something that is not implemented.
+            InputError: another dtype.
+        """
+        folder = resolve_folder(path)
+        config = ModelConfig.from_file(folder)
+        enable_compilation_cache(compilation_cache)
+        backend = jax.default_backend()
+        compute = compute_dtype(dtype, folder, config)
+        return cls(load_decoder(folder, config, compute, backend, progress), folder, backend)
+
+    def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
+        """Next-token logits of every position.
+
+        Args:
+            input_ids: integer array [batch, seq], or lists of token ids (ragged rows count as
+                right-padded).
+            attention_mask: 0/1 like input_ids; pads may stand left or right of a row's tokens.
+
+        Returns:
+            float32 [batch, seq, vocab]; zeros at masked positions.
+
+        Raises:
+            InputError: as for `generate`.
+        """
+        if isinstance(input_ids, str) or (
+            isinstance(input_ids, list) and input_ids and isinstance(input_ids[0], str)
+        ):
+            raise InputError("logits takes token ids; encode text with model.tokenizer.encode first.")
+        batch = self._rows(input_ids, attention_mask, {})
+        self._check_length(batch, 0)
+        out = np.zeros((len(batch.rows), batch.width, self.config.vocab_size), np.float32)
+        for start, chunk in self.engine.logits(batch.rows):
+            for index, (row, offset) in enumerate(zip(batch.rows, batch.offsets, strict=True)):
+                count = min(len(row) - start, chunk.shape[1])
+                if count > 0:
+                    out[index, offset + start : offset + start + count] = chunk[index, :count]
+        return jnp.asarray(out)
+
+    def generate(
+        self,
+        prompt: Any,
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        enable_thinking: bool | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Continues prompts.
+
+        Args:
+            prompt: a text, several texts, chat messages, several chats, an integer array [batch, seq],
+                or lists of token ids.
+            generation_config: how; see `GenerationConfig`.
+            attention_mask: 0/1 like an array prompt; pads may stand left or right of a row's tokens.
+            enable_thinking: handed to the chat template (chats only).
+            **options: fields of `GenerationConfig`; they override `generation_config`.
+
+        Raises:
+            InputError: an empty or malformed prompt, ids outside the vocabulary, a prompt that leaves no
+                room in the context, an unknown or contradictory option.
+        """
+        config = self._options(generation_config, options)
+        batch = self._rows(prompt, attention_mask, _template_options(enable_thinking))
+        run = self._start(batch, config)
+        for _ in run.steps(BLOCK_STEPS):
+            pass
+        rows = run.rows
+        return GenerationOutput(
+            sequences=[row.tokens for row in rows],
+            texts=None if self.tokenizer is None else [row.text or "" for row in rows],
+            finish_reasons=[str(row.finish_reason) for row in rows],
+            logprobs=[row.logprobs for row in rows] if config.return_logprobs else None,
+            usage=Usage(
+                prompt_tokens=sum(map(len, batch.rows)),
+                generated_tokens=sum(len(row.tokens) for row in rows),
+                prefill_seconds=run.prefill_seconds,
+                decode_seconds=time.perf_counter() - run.prefilled_at,
+            ),
+        )
+
+    def stream(
+        self,
+        prompt: Any,
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        enable_thinking: bool | None = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Continues one prompt, yielding a piece for each token as it is decided.
+
+        The pieces' texts add up to the text that `generate` returns. Arguments and errors are
+        `generate`'s; errors come with the call, not with the first piece.
+        """
+        config = self._options(generation_config, options)
+        batch = self._rows(prompt, attention_mask, _template_options(enable_thinking))
+        if len(batch.rows) != 1 or config.num_return_sequences != 1:
+            raise InputError(
+                f"stream takes one prompt and one sequence, and was given {len(batch.rows)} prompts with "
+                f"num_return_sequences {config.num_return_sequences}; use generate."
+            )
+        if self.tokenizer is None:
+            raise InputError("stream yields text, but this checkpoint has no tokenizer.json; use generate.")
+        run = self._start(batch, config)
+        return (piece for _, piece in run.steps(STREAM_STEPS))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template."""
+        write_safetensors(
+            path, named_parameters(self._decoder), self.config, dtype=self.dtype, extra_files_from=self.folder
+        )
+
+    def save_orbax(self, path: str | Path) -> None:
+        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template."""
+        save_orbax(
+            path, named_parameters(self._decoder), self.config, dtype=self.dtype, extra_files_from=self.folder
+        )
+
+    def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise InputError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig.")
+        config = (config or GenerationConfig()).override(**options)
+        outside = [i for i in config.eos_ids or () if not 0 <= i < self.config.vocab_size]
+        if outside:
+            raise InputError(
+                f"eos_token_id {outside[0]} is outside the vocabulary of {self.config.vocab_size}."
+            )
+        if config.stops and self.tokenizer is None:
+            raise InputError(
+                "stop_strings need text, but this checkpoint has no tokenizer.json; use eos_token_id."
+            )
+        return config
+
+    def _rows(self, prompt: Any, attention_mask: Any, template_options: dict[str, Any]) -> PromptBatch:
+        return to_rows(
+            prompt,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            vocab_size=self.config.vocab_size,
+            attention_mask=attention_mask,
+            template_options=template_options,
+        )
+
+    def _check_length(self, batch: PromptBatch, new_tokens: int) -> None:
+        longest, context = max(map(len, batch.rows)), self.config.max_position_embeddings
+        if longest > context or (new_tokens and longest >= context):
+            raise InputError(f"the prompt has {longest} tokens, but the context holds {context}; shorten it.")
+        if longest + new_tokens > context:
+            raise InputError(
+                f"the prompt's {longest} tokens and max_new_tokens {new_tokens} exceed the context of "
+                f"{context}; give max_new_tokens at most {context - longest}."
+            )
+
+    def _start(self, batch: PromptBatch, config: GenerationConfig) -> Generation:
+        self._check_length(batch, config.max_new_tokens)
+        eos_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
+        rows = [
+            Row(self.tokenizer, eos_ids, config.stops, config.max_new_tokens)
+            for _ in range(len(batch.rows) * config.num_return_sequences)
+        ]
+        return Generation(self.engine, batch.rows, rows, config, eos_ids)
+
+
+def _template_options(enable_thinking: bool | None) -> dict[str, Any]:
+    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}

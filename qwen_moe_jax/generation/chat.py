@@ -1,0 +1,127 @@
+"""Chat messages to prompt text, by the checkpoint's own template in a sandbox."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.generation.tokenizer import read_tokenizer_config
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    # not jinja's own filter, which escapes HTML characters
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+class ChatTemplate:
+    """A Jinja chat template, compiled in a sandbox that neither changes its inputs nor reaches out."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template does not parse (line {error.lineno}: {error})."
+            ) from None
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
+        """Reads chat_template.jinja, else tokenizer_config.json's chat_template; None when there is neither.
+
+        Raises:
+            CheckpointError: the template does not parse, or none of several is called "default".
+        """
+        config = read_tokenizer_config(folder)
+        file = Path(folder) / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            named = {entry.get("name"): entry.get("template") for entry in source}
+            if "default" not in named:
+                raise CheckpointError(
+                    f"tokenizer_config.json has chat templates {sorted(map(str, named))}, none 'default'."
+                )
+            source = named["default"]
+        tokens = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                tokens[name] = value
+        return cls(source, tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            messages: dicts with "role" and "content" (a string, or a list of {"type": "text"} parts).
+            add_generation_prompt: opens the assistant's turn.
+            enable_thinking: handed to the template if given; what it does is up to the template.
+            **variables: further names for the template, such as `tools`.
+
+        Raises:
+            InputError: messages of another form, or the template refuses them.
+        """
+        check_messages(messages)
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **{"tools": None, "documents": None} | self._special_tokens | variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(f"the checkpoint's chat template refuses these messages: {error}.") from None
+
+
+def check_messages(messages: Any) -> None:
+    """Raises InputError unless `messages` is a list of chat messages of text."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError("a chat is a list of one or more messages, each a dict with 'role' and 'content'.")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number} is {message!r}; expected a dict with 'role' and 'content'.")
+        content = message.get("content")
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+            continue
+        if not isinstance(content, Sequence):
+            raise InputError(f"message {number} has content {content!r}; expected text.")
+        for part in content:
+            if (
+                not isinstance(part, Mapping)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise InputError(
+                    f"message {number} has a part {part!r}; expected {{'type': 'text', 'text': ...}}: "
+                    "only text is supported."
+                )

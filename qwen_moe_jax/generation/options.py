@@ -1,0 +1,163 @@
+"""What a user may ask of a generation, validated when it is asked."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_moe_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: most tokens a sequence may get.
+        do_sample: draw tokens at random instead of taking the most likely one.
+        temperature: divides the logits (sampling only).
+        top_k: keep the k most likely tokens; 0 keeps all (sampling only).
+        top_p: keep the most likely tokens that together reach this probability (sampling only).
+        min_p: drop tokens less likely than min_p times the most likely one (sampling only).
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in the
+            prompt or the text so far; 1 is off (Keskar et al., arXiv:1909.05858).
+        presence_penalty: subtracted once from the logits of tokens generated so far.
+        frequency_penalty: subtracted from a token's logit for each time it was generated.
+        eos_token_id: ids that end a text; None means the checkpoint's own.
+        stop_strings: texts that end a text, wherever token boundaries fall.
+        num_return_sequences: samples for each prompt.
+        seed: one for all prompts or one for each. A row's sample depends on its own seed, its number
+            among the prompt's sequences and its own text only; so equal prompts with equal seeds get
+            equal samples.
+        return_logprobs: also return each token's log-probability.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 20
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] | None = None
+    num_return_sequences: int = 1
+    seed: int | Sequence[int] = 0
+    return_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_ranges(self)
+        if not self.do_sample:
+            _check_greedy(self)
+
+    def override(self, **changes: Any) -> "GenerationConfig":
+        """A copy with some fields changed.
+
+        Raises:
+            InputError: a name that is no field (the nearest one is suggested), or a bad value.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}."
+                raise InputError(f"{name!r} is not a generation option; {hint}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...] | None:
+        """`eos_token_id` as a tuple; None means the checkpoint's own."""
+        if self.eos_token_id is None:
+            return None
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop_strings` as a tuple."""
+        if self.stop_strings is None:
+            return ()
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+
+    def seeds(self, prompts: int) -> list[int]:
+        """One seed a prompt.
+
+        Raises:
+            InputError: a list of another length.
+        """
+        if isinstance(self.seed, int):
+            return [self.seed] * prompts
+        if len(self.seed) != prompts:
+            raise InputError(f"seed holds {len(self.seed)} values for {prompts} prompts; give one for each.")
+        return list(self.seed)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _check_types(c: GenerationConfig) -> None:
+    for name in ("max_new_tokens", "top_k", "num_return_sequences"):
+        _require(_is_int(getattr(c, name)), name, getattr(c, name), "an integer")
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
+        _require(_is_number(getattr(c, name)), name, getattr(c, name), "a number")
+    for name in ("do_sample", "return_logprobs"):
+        _require(isinstance(getattr(c, name), bool), name, getattr(c, name), "True or False")
+    eos = c.eos_token_id
+    eos_ok = eos is None or _is_int(eos) or (isinstance(eos, Sequence) and all(map(_is_int, eos)))
+    _require(eos_ok, "eos_token_id", eos, "a token id, several, or None")
+    stop = c.stop_strings
+    stop_ok = stop is None or isinstance(stop, str) or all(isinstance(s, str) for s in stop)
+    _require(stop_ok, "stop_strings", stop, "a string, several, or None")
+    _require("" not in c.stops, "stop_strings", stop, "strings that are not empty")
+    seed_ok = _is_int(c.seed) or (isinstance(c.seed, Sequence) and all(map(_is_int, c.seed)))
+    _require(seed_ok, "seed", c.seed, "an integer, or one for each prompt")
+    for seed in [c.seed] if isinstance(c.seed, int) else c.seed:
+        _require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
+
+
+def _check_ranges(c: GenerationConfig) -> None:
+    _require(c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1")
+    _require(c.num_return_sequences >= 1, "num_return_sequences", c.num_return_sequences, "at least 1")
+    hint = "a number above 0 (for the most likely token, leave do_sample False)"
+    _require(0 < c.temperature < float("inf"), "temperature", c.temperature, hint)
+    _require(c.top_k >= 0, "top_k", c.top_k, "0 (keep all) or more")
+    _require(0 < c.top_p <= 1, "top_p", c.top_p, "a number above 0 and at most 1")
+    _require(0 <= c.min_p < 1, "min_p", c.min_p, "a number from 0 to below 1")
+    _require(0 < c.repetition_penalty < float("inf"), "repetition_penalty", c.repetition_penalty, "above 0")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(c, name)
+        _require(abs(value) < float("inf"), name, value, "a finite number")
+
+
+def _check_greedy(c: GenerationConfig) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if getattr(c, name) != defaults[name]:
+            raise InputError(
+                f"{name} is {getattr(c, name)!r} but do_sample is False, so it would have no effect; "
+                "give do_sample=True as well."
+            )
+    if c.num_return_sequences > 1:
+        raise InputError(
+            f"num_return_sequences is {c.num_return_sequences} but do_sample is False, so all would be "
+            "equal; give do_sample=True as well."
+        )

@@ -1,0 +1,70 @@
+"""The checkpoint's own tokenizer."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from qwen_moe_jax.errors import CheckpointError
+
+
+class Tokenizer:
+    """Text to token ids and back, by the checkpoint's `tokenizer.json`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token_id: int | None = None):
+        self.backend = backend
+        self.eos_token_id = eos_token_id
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer | None":
+        """Reads the folder's tokenizer, or gives None when it has none.
+
+        Raises:
+            CheckpointError: tokenizer.json or tokenizer_config.json is damaged.
+        """
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust binding raises plain Exception
+            raise CheckpointError(f"{file} is not a tokenizer ({error}).") from None
+        # Padding and truncation belong to whoever saved the file; here every prompt counts in full.
+        backend.no_padding()
+        backend.no_truncation()
+        token = read_tokenizer_config(folder).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        return cls(backend, backend.token_to_id(token) if isinstance(token, str) else None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids known to the tokenizer; a model's vocabulary may be padded beyond it."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Nothing is added; special tokens written in it are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def read_tokenizer_config(folder: str | Path) -> dict:
+    """The folder's tokenizer_config.json, or an empty dict when it has none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    file = Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(config).__name__}; expected an object.")
+    return config
