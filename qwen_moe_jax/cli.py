@@ -135,7 +135,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.problems < 1 or options.batch_size < 1:
         raise InputError(
-            f"--problems is {options.problems} and --batch-size {options.batch_size}; expected at least 1 each."
+            f"--problems is {options.problems} and --batch-size {options.batch_size}; both must be 1 or more."
         )
     try:
         problems = held_out(options.problems, options.seed, unseen_templates=options.unseen_templates)

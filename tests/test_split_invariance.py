@@ -118,7 +118,7 @@ def test_any_split_of_a_ragged_batch_equals_one_forward(seed: int) -> None:
 @pytest.mark.parametrize("m", [1, 2, 3, 64])
 def test_prefill_n_then_prefill_m_then_decode_equals_prefill_of_all(n: int, m: int) -> None:
     """A second multi-token piece continues the state and the convolution (transformers #45513)."""
-    rows = [row[: n + m + 1] for row in ROWS]
+    rows = [random_ids(CONFIG, 129, seed)[: n + m + 1].astype(np.int32) for seed in range(3)]
     cache = engine().new_cache(len(rows), CAPACITY)
     first, cache = feed(cache, [row[:n] for row in rows])
     second, cache = feed(cache, [row[n : n + m] for row in rows])
