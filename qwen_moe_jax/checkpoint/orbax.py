@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, abbreviate
+from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, abbreviate, all_finite
 from qwen_moe_jax.checkpoint.writer import (
     ORBAX_FOLDER,
     check_parameters,
@@ -119,7 +119,7 @@ def read_orbax(
                 raise _damaged(folder, error) from error
             read |= arrays
             bar.update(sum(array.nbytes for array in arrays.values()))
-    not_finite = [name for name, value in read.items() if not bool(_all_finite(value))]
+    not_finite = [name for name, value in read.items() if not _all_finite(value)]
     if not_finite:
         raise CheckpointError(
             f"{folder} holds NaN or infinite values in {abbreviate(not_finite)}; the weights are damaged."
@@ -180,6 +180,7 @@ def _layer(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
 
 
-@jax.jit
-def _all_finite(value: jax.Array) -> jax.Array:
-    return jnp.isfinite(value).all()
+def _all_finite(value: jax.Array) -> bool:
+    # On the host, where a shard on CPU is seen without a copy: compiling this for every shape takes longer.
+    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    return all(all_finite(np.asarray(shard.data)) for shard in shards)

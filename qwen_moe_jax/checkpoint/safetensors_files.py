@@ -219,7 +219,7 @@ def read_elements(tensor: StoredTensor, start: int, out: np.ndarray) -> bool:
                 with np.errstate(over="ignore"):
                     np.copyto(target, piece, casting="unsafe")
             # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
-            finite = finite and _all_finite(piece if piece.itemsize < target.itemsize else target)
+            finite = finite and all_finite(piece if piece.itemsize < target.itemsize else target)
     return finite
 
 
@@ -232,11 +232,17 @@ def _fill(stream: Any, buffer: np.ndarray, tensor: StoredTensor) -> None:
         view = view[count:]
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    """Without a float copy: infinity and NaN are the bit patterns whose exponent bits are all ones."""
-    if values.dtype == READABLE_DTYPES["BF16"]:
-        return bool((values.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
-    return bool((values.view(np.uint32) & 0x7FFFFFFF).max(initial=0) < 0x7F800000)
+def all_finite(values: np.ndarray) -> bool:
+    """Whether contiguous float32 or bfloat16 values hold no NaN and no infinity, without a float copy.
+
+    Those are the bit patterns whose exponent bits are all ones.
+    """
+    narrow = values.dtype == READABLE_DTYPES["BF16"]
+    bits = values.reshape(-1).view(np.uint16 if narrow else np.uint32)
+    magnitude, infinity = (0x7FFF, 0x7F80) if narrow else (0x7FFFFFFF, 0x7F800000)
+    return all(
+        (bits[first : first + _PIECE] & magnitude).max() < infinity for first in range(0, bits.size, _PIECE)
+    )
 
 
 def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
