@@ -7,15 +7,17 @@ Per value head, with state S [Dk, Dv] (Yang, Kautz & Hatamizadeh, arXiv:2412.064
 `delta_rule_step` is one such step (decode), `delta_rule_scan` a scan over steps, and
 `delta_rule_chunked` the WY / UT form for prefill (Yang et al., arXiv:2406.06484, section 3): within a
 chunk of C steps the corrections d solve a unit lower triangular system of size C, so that a chunk
-costs a few matrix products. With G the cumulative sum of g within a chunk and S the state before it,
+costs a few matrix products. With G_ij = g_(j+1) + ... + g_i, the log decay from step j to step i of a
+chunk (0 before its first step), and S the state before it,
 
-    A_ij = beta_i (k_i . k_j) e^(G_i - G_j)  (i > j)
-    (I + A) D = beta (V - e^G K S)
-    O = e^G Q S + tril(Q K^T e^(G_i - G_j)) D
-    S <- e^(G_C) S + (K e^(G_C - G))^T D
+    A_ij = beta_i (k_i . k_j) e^(G_ij)  (i > j)
+    (I + A) D = beta (V - e^(G_i0) K S)
+    O = e^(G_i0) Q S + tril(Q K^T e^(G_ij)) D
+    S <- e^(G_C0) S + (K e^(G_Cj))^T D
 
-Decays appear only as differences of cumulative sums, masked to at most zero before the exponential, so
-no decay, however strong, overflows. A step with g = 0 and k = v = beta = 0 changes nothing, bit for bit.
+Each G_ij is summed from its own steps. As a difference of two cumulative sums, the usual way, it would
+lose to rounding whatever is small beside a strong decay earlier in the chunk. No exponent is above zero,
+so nothing overflows. A step with g = 0 and k = v = beta = 0 changes nothing, bit for bit.
 
 Queries and keys come L2-normalised and queries scaled. All of it is computed in float32 (or wider,
 if the state is), with products in full float32 also where the hardware has a faster, coarser mode.
@@ -106,17 +108,19 @@ def delta_rule_chunked(
         _split_heads(x[..., None], chunks, size, dtype).reshape(chunks, batch, key_heads, ratio, size)
         for x in (g, beta)
     )
-    total = jnp.cumsum(g, axis=-1)
     # n: key head, r: value head of its group, i/j: steps, c: chunk, b: batch
     order = jnp.arange(size)
     causal = order[:, None] >= order[None, :]
-    decay = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    # sums of g over the steps after j up to i, as a product with a triangle of ones
+    behind = jnp.where(order[:, None] > order[None, :], g[..., :, None], 0)
+    between = _einsum("il,cbnrlj->cbnrij", causal.astype(dtype), behind)
+    decay = jnp.exp(jnp.where(causal, between, -jnp.inf))
     overlap = _einsum("cbnid,cbnjd->cbnij", key, key)[:, :, :, None]
     system = jnp.where(causal & (order[:, None] != order), overlap * decay * beta[..., None], 0)
     mixing = _einsum("cbnid,cbnjd->cbnij", query, key)[:, :, :, None] * decay
-    from_start = jnp.exp(total)[..., None]
-    to_end = jnp.exp(total[..., -1:] - total)[..., None]
-    whole = jnp.exp(total[..., -1])[..., None, None]
+    from_start = jnp.exp(jnp.cumsum(g, axis=-1))[..., None]
+    to_end = decay[..., -1, :, None]
+    whole = from_start[..., -1:, :]
     # (I + A)^-1 applied to both right-hand sides at once: the written values, and what they read of S
     wanted = jnp.concatenate(
         [value * beta[..., None], key[:, :, :, None] * (beta[..., None] * from_start)], axis=-1
