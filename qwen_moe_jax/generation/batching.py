@@ -79,7 +79,9 @@ def to_rows(
             raise InputError("the prompt is empty; expected at least one token.")
         if all(_is_id(token) for token in prompt):
             return _batch([prompt], vocab_size)
-        if all(isinstance(row, (list, tuple, np.ndarray)) for row in prompt):
+        if all(
+            isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim) for row in prompt
+        ):
             return _batch(prompt, vocab_size)
     raise InputError(f"the prompt is {_describe(prompt)}; expected {_FORMS}.")
 
@@ -115,7 +117,7 @@ def _batch(rows: Sequence[Any], vocab_size: int) -> PromptBatch:
             raise InputError(f"prompt {number} is empty; expected at least one token.")
         if not all(_is_id(token) for token in row):
             raise InputError(f"prompt {number} holds {_describe(list(row))}; expected token ids.")
-        arrays.append(_check_ids(np.asarray(row, np.int64), vocab_size))
+        arrays.append(_check_ids(np.asarray(row), vocab_size))
     return PromptBatch(arrays, [0] * len(arrays), max(map(len, arrays)))
 
 
@@ -136,7 +138,10 @@ def _from_array(ids: np.ndarray, attention_mask: Any, vocab_size: int) -> Prompt
         raise InputError(f"the prompt has shape {list(ids.shape)}; expected at least one row and one token.")
     if attention_mask is None:
         return PromptBatch([_check_ids(row, vocab_size) for row in ids], [0] * len(ids), ids.shape[1])
-    mask = np.asarray(attention_mask)
+    try:
+        mask = np.asarray(attention_mask)
+    except ValueError:
+        raise InputError("attention_mask is ragged; expected an array like the ids'.") from None
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask has shape {list(mask.shape)}; expected the ids' {list(ids.shape)}.")
     if not np.isin(mask, (0, 1)).all():

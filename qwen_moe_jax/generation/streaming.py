@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most four bytes, so after four tokens of one byte or more it is whole or broken.
-_LONGEST_CHARACTER_TOKENS = 4
+# A run of broken bytes longer than this many tokens is settled in the middle, to bound what is decoded again.
+_LONGEST_OPEN_TOKENS = 8
 
 
 class Decoder(Protocol):
-    """Whatever turns token ids into text."""
+    """Whatever turns token ids into bytes and these, all together, into text.
+
+    Bytes that are not UTF-8 must become U+FFFD the way Unicode recommends (and Rust and Python do): one
+    for each longest beginning of a character, so that an unfinished character is a single U+FFFD.
+    """
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids."""
@@ -19,17 +23,19 @@ class Decoder(Protocol):
 class TextStream:
     """The text of one row of tokens, given out as soon as no further token can change it.
 
-    Stop strings end the text: what stands before the earliest one is all there is. A tail that could
-    still grow into a stop string is held back until it is decided.
+    Stop strings end the text: it is cut before the first one to be completed, counted in characters, so
+    that token boundaries do not matter. A tail that could still grow into a stop string is held back
+    until it is decided.
     """
 
     def __init__(self, decoder: Decoder, stop_strings: Sequence[str] = ()):
         self._decoder = decoder
         self._stops = tuple(stop_strings)
         self._ids: list[int] = []
-        self._settled = 0  # tokens before this one are whole characters, and their text was taken
+        self._settled = 0  # no later token changes the text of the tokens before this one
         self._context = 0  # decoding starts here, so that the settled part is decoded with its neighbours
-        self._taken = ""  # text of all settled tokens
+        self._open = 0  # characters taken of the tokens that are not settled
+        self._taken = ""  # all text that no token changes
         self._given = 0  # characters of it handed out
         self.stopped = False
 
@@ -43,38 +49,54 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        known = self._decoder.decode(self._ids[self._context : self._settled])
-        window = self._decoder.decode(self._ids[self._context :])
-        unfinished = window.endswith(_REPLACEMENT) and (
-            len(self._ids) - self._settled < _LONGEST_CHARACTER_TOKENS
-        )
-        if unfinished:
-            return ""
-        return self._take(window[len(known) :])
+        new = self._unsettled_text()
+        certain = new.removesuffix(_REPLACEMENT)  # a last U+FFFD may be an unfinished character
+        piece = self._take(certain[self._open :])
+        self._open = len(certain)
+        if certain == new:
+            self._settle(len(self._ids), len(new))
+        elif len(self._ids) - self._settled > _LONGEST_OPEN_TOKENS:
+            last = self._decoder.decode(self._ids[-1:])
+            before = self._decoder.decode(self._ids[self._settled : -1])
+            # The last token joins no character begun before it, and then no later one does.
+            if last and before + last == new:
+                self._settle(len(self._ids) - 1, len(before))
+        return piece
 
     def finish(self) -> str:
         """No more tokens: returns the rest, broken characters as U+FFFD."""
         if self.stopped:
             return ""
-        known = self._decoder.decode(self._ids[self._context : self._settled])
-        window = self._decoder.decode(self._ids[self._context :])
-        piece = self._take(window[len(known) :])
+        new = self._unsettled_text()
+        piece = self._take(new[self._open :])
+        self._settle(len(self._ids), len(new))
         if not self.stopped:
             piece += self._taken[self._given :]
             self._given = len(self._taken)
         return piece
 
+    def _unsettled_text(self) -> str:
+        known = self._decoder.decode(self._ids[self._context : self._settled])
+        return self._decoder.decode(self._ids[self._context :])[len(known) :]
+
+    def _settle(self, tokens: int, characters: int) -> None:
+        """The first `tokens` are settled, which takes `characters` off the open text."""
+        self._context, self._settled = self._settled, tokens
+        self._open = max(0, self._open - characters)
+
     def _take(self, new: str) -> str:
-        self._context, self._settled = self._settled, len(self._ids)
         before = len(self._taken)
         self._taken += new
         decided = len(self._taken)
-        # a stop string may have begun in earlier text, but not before its own length
-        starts = [self._taken.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
-        found = [start for start in starts if start >= 0]
-        if found:
+        ends = []
+        for stop in self._stops:
+            # it may have begun in earlier text, but not before its own length
+            start = self._taken.find(stop, max(0, before - len(stop) + 1))
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        if ends:
             self.stopped = True
-            self._taken = self._taken[: min(found)]
+            self._taken = self._taken[: min(ends)[1]]
             decided = len(self._taken)
         else:
             decided -= max((_overlap(self._taken, stop) for stop in self._stops), default=0)
