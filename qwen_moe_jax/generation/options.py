@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_moe_jax.errors import InputError
+
+# Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
+SMALLEST = 1e-6
+LARGEST = 1e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class GenerationConfig:
             prompt or the text so far; 1 is off (Keskar et al., arXiv:1909.05858).
         presence_penalty: subtracted once from the logits of tokens generated so far.
         frequency_penalty: subtracted from a token's logit for each time it was generated.
-        eos_token_id: ids that end a text; None means the checkpoint's own.
+        eos_token_id: ids that end a text; None means the checkpoint's own, an empty list none.
         stop_strings: texts that end a text, wherever token boundaries fall.
         num_return_sequences: samples for each prompt.
         seed: one for all prompts or one for each. A row's sample depends on its own seed, its number
@@ -102,6 +106,10 @@ def _is_number(value: Any) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
+def _is_list_of(value: Any, accept: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(map(accept, value))
+
+
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise InputError(f"{name} is {value!r}; expected {expected}.")
@@ -122,13 +130,13 @@ def _check_types(c: GenerationConfig) -> None:
     for name in ("do_sample", "return_logprobs"):
         _require(isinstance(getattr(c, name), bool), name, getattr(c, name), "True or False")
     eos = c.eos_token_id
-    eos_ok = eos is None or _is_int(eos) or (isinstance(eos, Sequence) and all(map(_is_int, eos)))
+    eos_ok = eos is None or _is_int(eos) or _is_list_of(eos, _is_int)
     _require(eos_ok, "eos_token_id", eos, "a token id, several, or None")
     stop = c.stop_strings
-    stop_ok = stop is None or isinstance(stop, str) or all(isinstance(s, str) for s in stop)
+    stop_ok = stop is None or isinstance(stop, str) or _is_list_of(stop, lambda s: isinstance(s, str))
     _require(stop_ok, "stop_strings", stop, "a string, several, or None")
     _require("" not in c.stops, "stop_strings", stop, "strings that are not empty")
-    seed_ok = _is_int(c.seed) or (isinstance(c.seed, Sequence) and all(map(_is_int, c.seed)))
+    seed_ok = _is_int(c.seed) or _is_list_of(c.seed, _is_int)
     _require(seed_ok, "seed", c.seed, "an integer, or one for each prompt")
     for seed in [c.seed] if isinstance(c.seed, int) else c.seed:
         _require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
@@ -137,15 +145,16 @@ def _check_types(c: GenerationConfig) -> None:
 def _check_ranges(c: GenerationConfig) -> None:
     _require(c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1")
     _require(c.num_return_sequences >= 1, "num_return_sequences", c.num_return_sequences, "at least 1")
-    hint = "a number above 0 (for the most likely token, leave do_sample False)"
-    _require(0 < c.temperature < float("inf"), "temperature", c.temperature, hint)
+    span = f"a number from {SMALLEST:g} to {LARGEST:g}"
+    hint = f"{span} (for the most likely token, leave do_sample False)"
+    _require(SMALLEST <= c.temperature <= LARGEST, "temperature", c.temperature, hint)
     _require(c.top_k >= 0, "top_k", c.top_k, "0 (keep all) or more")
     _require(0 < c.top_p <= 1, "top_p", c.top_p, "a number above 0 and at most 1")
     _require(0 <= c.min_p < 1, "min_p", c.min_p, "a number from 0 to below 1")
-    _require(0 < c.repetition_penalty < float("inf"), "repetition_penalty", c.repetition_penalty, "above 0")
+    _require(SMALLEST <= c.repetition_penalty <= LARGEST, "repetition_penalty", c.repetition_penalty, span)
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(c, name)
-        _require(abs(value) < float("inf"), name, value, "a finite number")
+        _require(abs(value) <= LARGEST, name, value, f"a number from -{LARGEST:g} to {LARGEST:g}")
 
 
 def _check_greedy(c: GenerationConfig) -> None:
