@@ -30,11 +30,12 @@ class SamplingParams:
     @classmethod
     def of(cls, config: GenerationConfig, batch: int) -> "SamplingParams":
         """The same values for every row."""
-        fields = {
-            f.name: np.full(batch, getattr(config, f.name), np.float32) for f in dataclasses.fields(cls)
-        }
-        fields["top_k"] = fields["top_k"].astype(np.int32)
-        return cls(**fields)
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "top_k"]
+        top_k = min(config.top_k, np.iinfo(np.int32).max)  # any k above the vocabulary keeps all
+        return cls(
+            top_k=np.full(batch, top_k, np.int32),
+            **{name: np.full(batch, getattr(config, name), np.float32) for name in names},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,8 @@ def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
 
     Each filter sees what the one before left. One sort decides them all: in descending order every
     filter keeps a first part. Tokens as likely as the last of the top k are kept with it; among tokens
-    of equal probability at the edge of top-p, those with the larger ids are kept, as transformers'
-    ascending sort does.
+    of equal probability at the edge of top-p, those with the larger ids are kept (transformers leaves
+    the choice among them to a sort that is not stable).
 
     Args:
         logits: float32 [batch, vocab].
