@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+import jinja2.nodes
+import jinja2.parser
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_moe_jax.errors import CheckpointError, InputError
@@ -18,13 +20,34 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    # not jinja's own filter, which escapes HTML characters
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # not jinja's own filter, which escapes HTML characters and sorts the keys
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training; here it is its own content."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block's statements, in a scope of their own."""
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 class ChatTemplate:
@@ -32,7 +55,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -49,20 +72,33 @@ class ChatTemplate:
         """Reads chat_template.jinja, else tokenizer_config.json's chat_template; None when there is neither.
 
         Raises:
-            CheckpointError: the template does not parse, or none of several is called "default".
+            CheckpointError: the template is no text or does not parse, or none of several is called
+                "default".
         """
         config = read_tokenizer_config(folder)
         file = Path(folder) / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        try:
+            source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8 text ({error}).") from None
         if source is None:
             return None
         if not isinstance(source, str):
+            if not isinstance(source, list) or not all(isinstance(entry, dict) for entry in source):
+                raise CheckpointError(
+                    f"tokenizer_config.json has a chat_template of type {type(source).__name__}; expected "
+                    "text, or a list of objects with name and template."
+                )
             named = {entry.get("name"): entry.get("template") for entry in source}
             if "default" not in named:
                 raise CheckpointError(
                     f"tokenizer_config.json has chat templates {sorted(map(str, named))}, none 'default'."
                 )
             source = named["default"]
+            if not isinstance(source, str):
+                raise CheckpointError(
+                    f"tokenizer_config.json's default chat template is {source!r}; expected text."
+                )
         tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = config.get(name)
@@ -99,7 +135,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None} | self._special_tokens | variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InputError(f"the checkpoint's chat template refuses these messages: {error}.") from None
 
 
