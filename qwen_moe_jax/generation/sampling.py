@@ -6,6 +6,7 @@ arXiv:2407.01082). All values are traced, so that changing them recompiles nothi
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,14 @@ class SamplingParams:
     @classmethod
     def of(cls, config: GenerationConfig, batch: int) -> "SamplingParams":
         """The same values for every row."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "top_k"]
-        top_k = min(config.top_k, np.iinfo(np.int32).max)  # any k above the vocabulary keeps all
-        return cls(
-            top_k=np.full(batch, top_k, np.int32),
-            **{name: np.full(batch, getattr(config, name), np.float32) for name in names},
-        )
+        values: dict[str, Any] = {
+            f.name: np.full(batch, getattr(config, f.name), np.float32)
+            for f in dataclasses.fields(cls)
+            if f.name != "top_k"
+        }
+        # any k above the vocabulary keeps all
+        values["top_k"] = np.full(batch, min(config.top_k, np.iinfo(np.int32).max), np.int32)
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
