@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from timing import median_ms
 
+from qwen_moe_jax.model.delta_rule import solve_unit_lower
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.delta_oracle import REGIMES, delta_inputs
@@ -27,34 +29,11 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 def triangular_solve(system: jax.Array, wanted: jax.Array) -> jax.Array:
-    """XLA's own: LAPACK-like substitution on CPU, a cuBLAS / hipBLAS library call on GPUs."""
+    """A library call: LAPACK's on CPU, `__cublas$triangularSolve` on GPUs (AMD ones too)."""
     identity = jnp.eye(CHUNK, dtype=system.dtype)
     return lax.linalg.triangular_solve(
         system + identity, wanted, left_side=True, lower=True, unit_diagonal=True
     )
-
-
-def blocked_substitution(system: jax.Array, wanted: jax.Array, block: int = 16) -> jax.Array:
-    """Blocks of 16 rows: substitution row by row for each diagonal block's inverse, products between them."""
-    blocks = CHUNK // block
-    tiles = system.reshape(*system.shape[:-2], blocks, block, blocks, block)
-    diagonal = jnp.stack([tiles[..., b, :, b, :] for b in range(blocks)], axis=-3)
-    identity = jnp.eye(block, dtype=system.dtype)
-    rows = [jnp.broadcast_to(identity[0], diagonal[..., 0, :].shape)]
-    for i in range(1, block):
-        known = jnp.stack(rows, axis=-2)
-        rows.append(
-            identity[i] - jnp.einsum("...j,...jk->...k", diagonal[..., i, :i], known, precision=HIGHEST)
-        )
-    inverse = jnp.stack(rows, axis=-2)  # [..., blocks, block, block]
-    solved: list[jax.Array] = []
-    for b in range(blocks):
-        part = wanted[..., b * block : (b + 1) * block, :]
-        if solved:
-            before = system[..., b * block : (b + 1) * block, : b * block]
-            part = part - jnp.matmul(before, jnp.concatenate(solved, axis=-2), precision=HIGHEST)
-        solved.append(jnp.matmul(inverse[..., b, :, :], part, precision=HIGHEST))
-    return jnp.concatenate(solved, axis=-2)
 
 
 def log_depth_products(system: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -69,7 +48,7 @@ def log_depth_products(system: jax.Array, wanted: jax.Array) -> jax.Array:
 
 SOLVERS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "triangular solve": triangular_solve,
-    "blocked substitution": blocked_substitution,
+    "blocked substitution": solve_unit_lower,
     "log-depth products": log_depth_products,
 }
 

@@ -19,6 +19,10 @@ Each G_ij is summed from its own steps. As a difference of two cumulative sums, 
 lose to rounding whatever is small beside a strong decay earlier in the chunk. No exponent is above zero,
 so nothing overflows. A step with g = 0 and k = v = beta = 0 changes nothing, bit for bit.
 
+The system is solved by blocked forward substitution, faster and no less exact than XLA's triangular solve
+(on GPUs a library call); the products (I - A)(I + A^2)(I + A^4)... lose every digit when keys repeat
+(`benchmarks/README.md`, "Chunk solver").
+
 Queries and keys come L2-normalised and queries scaled. All of it is computed in float32 (or wider,
 if the state is), with products in full float32 also where the hardware has a faster, coarser mode.
 """
@@ -30,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 
 CHUNK = 64
+_BLOCK = 16  # rows that the chunk's system is solved by at a time
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -89,7 +94,8 @@ def delta_rule_chunked(
         value: [batch, seq, heads, Dv].
         g, beta: [batch, seq, heads].
         state: [batch, heads, Dk, Dv], at least float32.
-        chunk_size: steps a chunk; any seq is padded to a multiple with steps that change nothing.
+        chunk_size: steps a chunk, a multiple of 16; any seq is padded to a multiple of the chunk with
+            steps that change nothing.
 
     Returns:
         (output [batch, seq, heads, Dv], state after the last step), both in state.dtype.
@@ -99,7 +105,9 @@ def delta_rule_chunked(
     batch, seq, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     ratio = heads // key_heads
-    size = min(chunk_size, -(-seq // 16) * 16)  # a short sequence is one short chunk
+    if chunk_size % _BLOCK:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be a multiple of {_BLOCK}")
+    size = min(chunk_size, -(-seq // _BLOCK) * _BLOCK)  # a short sequence is one short chunk
     chunks = -(-seq // size)
 
     query, key = _split_heads(query, chunks, size, dtype), _split_heads(key, chunks, size, dtype)
@@ -125,9 +133,7 @@ def delta_rule_chunked(
     wanted = jnp.concatenate(
         [value * beta[..., None], key[:, :, :, None] * (beta[..., None] * from_start)], axis=-1
     )
-    solved = lax.linalg.triangular_solve(
-        system + jnp.eye(size, dtype=dtype), wanted, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = solve_unit_lower(system, wanted)
     written, reading = solved[..., :value_dim], solved[..., value_dim:]
 
     def body(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -145,6 +151,40 @@ def delta_rule_chunked(
     # [chunks, batch, key_heads, ratio, size, Dv] -> [batch, seq, heads, Dv]
     output = output.transpose(1, 0, 4, 2, 3, 5).reshape(batch, chunks * size, heads, value_dim)
     return output[:, :seq], grouped.reshape(state.shape)
+
+
+def solve_unit_lower(system: jax.Array, wanted: jax.Array) -> jax.Array:
+    """X with (I + system) X = wanted, by forward substitution over blocks of 16 rows.
+
+    Args:
+        system: [..., n, n], strictly lower triangular, n a multiple of 16.
+        wanted: [..., n, columns].
+
+    Returns:
+        [..., n, columns].
+    """
+    starts = range(0, system.shape[-1], _BLOCK)
+    diagonal = jnp.stack([system[..., s : s + _BLOCK, s : s + _BLOCK] for s in starts], axis=-3)
+    identity = jnp.broadcast_to(jnp.eye(_BLOCK, dtype=system.dtype), diagonal.shape)
+
+    def one_row(row: int, inverse: jax.Array) -> jax.Array:
+        # e_row minus its combination of the rows above; those below meet zeros
+        weights = lax.dynamic_index_in_dim(diagonal, row, axis=-2).swapaxes(-1, -2)
+        above = (weights * inverse).sum(axis=-2, keepdims=True)
+        new = lax.dynamic_index_in_dim(identity, row, axis=-2) - above
+        return lax.dynamic_update_slice_in_dim(inverse, new, row, axis=-2)
+
+    # a loop, because unrolled it takes seconds to compile; all diagonal blocks at once
+    inverse = lax.fori_loop(1, _BLOCK, one_row, identity)
+    solved = jnp.zeros((*wanted.shape[:-2], 0, wanted.shape[-1]), wanted.dtype)
+    for block, start in enumerate(starts):
+        rest = wanted[..., start : start + _BLOCK, :]
+        if start:
+            known = system[..., start : start + _BLOCK, :start]
+            rest = rest - _einsum("...ij,...jk->...ik", known, solved)
+        part = _einsum("...ij,...jk->...ik", inverse[..., block, :, :], rest)
+        solved = jnp.concatenate([solved, part], axis=-2)
+    return solved
 
 
 def _split_heads(x: jax.Array, chunks: int, size: int, dtype: jnp.dtype) -> jax.Array:

@@ -22,10 +22,10 @@ rms = jax.jit(rms_norm, static_argnums=2)
 gated = jax.jit(gated_rms_norm, static_argnums=3)
 l2 = jax.jit(l2_normalise)
 
-# Both sum the squares in float32, in different orders (1 ulp), take 1/sqrt (1 ulp) and multiply twice
-# (half an ulp each); silu adds an exponential of a few ulps in either library.
-FLOAT32_ULPS = 4
-GATED_FLOAT32_ULPS = 8
+# Sums of squares in another order, two libraries' 1/sqrt and two products: at most 5 apart over 240 draws.
+# silu's exponential adds one or two (at most 6 seen).
+FLOAT32_ULPS = 8
+GATED_FLOAT32_ULPS = 10
 # The float32 differences above can only tip a rounding to the neighbouring bfloat16.
 BFLOAT16_ULPS = 1
 
