@@ -6,15 +6,28 @@ the slow run takes all of them. `benchmarks/parity.py` prints the whole table.
 
 import functools
 import tempfile
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import parity
+from support import oracle, parity
+from support.configs import random_config, random_ids
 from support.parity import random_model
-from support.reference import reference_greedy, reference_logits, save_reference
+from support.reference import (
+    build_reference,
+    parameters_float64,
+    reference_greedy,
+    reference_logits,
+    save_reference,
+)
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.generation.loading import load_decoder
+from qwen_moe_jax.model.cache import empty_cache
 
 # One or two seeds a group of lengths; together: 1 to 4 KV heads, key/value head ratios 1, 2, 4, all
 # kernels, all-linear and all-full models, YaRN, tied embeddings, top-1 to top-8.
@@ -69,6 +82,35 @@ def test_128_greedy_tokens_equal_the_references(seed: int) -> None:
         random_model(seed), case.ids, out.sequences[0], parity.reference_tokens(case)
     )
     assert found is None or found.excused, found
+
+
+def test_three_rows_of_positions_give_the_truths_logits(tmp_path: Path) -> None:
+    """MRoPE with different temporal, height and width positions, which text alone never shows."""
+    config = random_config(5)  # with YaRN
+    config["rope_parameters"] |= {"partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}
+    config["head_dim"] = 8
+    reference = build_reference(config, 5)
+    ids = random_ids(config, 40, 5)
+    positions = np.random.default_rng(5).integers(0, 300, (3, len(ids)))
+    truth = oracle.forward(config, parameters_float64(reference), ids, positions).logits
+
+    folder = save_reference(reference, tmp_path)
+    own = ModelConfig.from_file(folder)
+    float32 = jnp.dtype(jnp.float32)
+    decoder = load_decoder(folder, own, float32, jax.default_backend(), progress=False).decoder
+
+    @jax.jit
+    def logits(tokens: jax.Array, rope_positions: jax.Array) -> jax.Array:
+        cache = empty_cache(own, 1, 64, float32, float32)
+        hidden, _ = decoder(tokens, jnp.ones(tokens.shape, bool), cache, rope_positions)
+        return decoder.logits(hidden)
+
+    def difference(rope_positions: np.ndarray) -> float:
+        ours = np.asarray(logits(ids[None].astype(np.int32), rope_positions[:, None].astype(np.int32)))[0]
+        return float(np.abs(ours - truth).max() / np.abs(truth).max())
+
+    assert difference(positions) <= parity.LARGEST_DIFFERENCE
+    assert difference(positions[[0, 2, 1]]) > 10 * parity.LARGEST_DIFFERENCE, "height and width are one"
 
 
 def test_default_seeds_cover_every_length_and_layer_kind() -> None:
