@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen_moe_jax.errors import InputError, QwenMoeError
 
@@ -22,6 +22,16 @@ _SAMPLING_OPTIONS = {
     "frequency_penalty": float,
     "seed": int,
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes no shortened options, and reports a wrong command line in one line, exit status 2."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"qwen-moe-jax: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qwen-moe-jax", description="Qwen3.5 MoE inference in JAX.", allow_abbrev=False
-    )
+    parser = _Parser(prog="qwen-moe-jax", description="Qwen3.5 MoE inference in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    loading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    loading = _Parser(add_help=False)
     loading.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (the checkpoint's own)")
     loading.add_argument(
         "--no-compilation-cache", action="store_true", help="keep no compiled programs for the next run"
@@ -112,6 +120,8 @@ def _load(path: str, options: argparse.Namespace) -> Any:
 def _generate(options: argparse.Namespace) -> None:
     from qwen_moe_jax.generation.options import GenerationConfig
 
+    if not options.prompt.strip():
+        raise InputError("the prompt is empty; give the text to answer or continue.")
     given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS if getattr(options, name) is not None}
     config = GenerationConfig().override(**given, do_sample=options.do_sample, stop_strings=options.stop)
     model = _load(options.model, options)

@@ -1,0 +1,98 @@
+"""Writes a Qwen3.5 MoE checkpoint with random weights, to measure speed and memory on.
+
+    python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16]
+
+`mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
+`tiny` only tries the benchmarks themselves. There is no tokenizer: the benchmarks feed token ids.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+SIZES = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "mid": {
+        "vocab_size": 32768,
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+    },
+}
+MROPE_SECTION = {32: [2, 1, 1], 128: [6, 5, 5]}  # head_dim -> temporal, height, width frequencies
+NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation
+
+
+@torch.no_grad()
+def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
+    """Writes the checkpoint; returns its number of parameters."""
+    torch.manual_seed(seed)
+    sizes = SIZES[size]
+    config = Qwen3_5MoeTextConfig(
+        **sizes,
+        max_position_embeddings=32768,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": MROPE_SECTION[sizes["head_dim"]],
+            "mrope_interleaved": True,
+        },
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        dtype=dtype,
+    )
+    model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype))
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight") and "linear_attn" not in name:
+            weight.normal_(0, NORM_SPREAD)
+    model.save_pretrained(folder)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def main() -> int:
+    """Parses the command line and writes one checkpoint."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    count = make_checkpoint(args.size, args.folder, args.dtype, args.seed)
+    print(f"{args.folder}: {count / 1e6:.1f} million parameters in {args.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
