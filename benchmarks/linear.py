@@ -2,9 +2,11 @@
 
     python benchmarks/linear.py
 
-bfloat16 activations times a [8192, 1024] matrix; the table is in `benchmarks/README.md`, "Held dtype on CPU".
+bfloat16 activations times a [8192, 1024] matrix, and through experts of [512, 1024] read in place from a
+stack of 64. The tables are in `benchmarks/README.md`, "Held dtype on CPU".
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,6 +18,7 @@ from timing import median_ms
 from qwen_moe_jax.model.linear import linear
 
 OUT, IN = 8192, 1024
+EXPERTS, EXPERT_OUT, USED = 64, 512, 8
 BATCHES = (1, 8, 128, 512)
 ROUNDS = 15
 
@@ -32,25 +35,44 @@ def last_axes(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product.astype(x.dtype)
 
 
-def main() -> None:
-    """Prints the table."""
-    rng = np.random.default_rng(0)
-    low = jnp.asarray(rng.normal(size=(OUT, IN)), jnp.bfloat16)
-    wide = low.astype(jnp.float32)
-    forms = {
-        "held bfloat16": (linear, low),
-        "held bfloat16, last axes": (last_axes, low),
-        "held float32": (linear, wide),
-        "held float32, last axes": (last_axes, wide),
-    }
-    print(f"jax {jax.__version__}, {jax.default_backend()}, medians of {ROUNDS}, ms\n")
-    print(f"| tokens | {' | '.join(forms)} |\n|{'---|' * (len(forms) + 1)}")
+def through_experts(product: Callable[..., jax.Array], x: jax.Array, stack: jax.Array) -> jax.Array:
+    """The products with some experts, chosen at run time, summed: [tokens, 512]."""
+    chosen = jnp.argsort(x[0, :EXPERTS])[:USED]
+    return sum(product(x, lax.dynamic_index_in_dim(stack, chosen[i], keepdims=False)) for i in range(USED))
+
+
+def table(
+    forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]], rng: np.random.Generator, title: str
+) -> None:
+    """One row a number of tokens, one column a form."""
+    print(f"| {title} | {' | '.join(forms)} |\n|{'---|' * (len(forms) + 1)}")
     for tokens in BATCHES:
         x = jnp.asarray(rng.normal(size=(tokens, IN)), jnp.bfloat16)
-        taken = median_ms(
-            {k: partial(jax.jit(form), x, weight) for k, (form, weight) in forms.items()}, ROUNDS
-        )
+        calls = {name: partial(jax.jit(form), x, weight) for name, (form, weight) in forms.items()}
+        taken = median_ms(calls, ROUNDS)
         print(f"| {tokens} | {' | '.join(f'{taken[name]:.2f}' for name in forms)} |", flush=True)
+    print()
+
+
+def main() -> None:
+    """Prints both tables."""
+    rng = np.random.default_rng(0)
+    print(f"jax {jax.__version__}, {jax.default_backend()}, medians of {ROUNDS}, ms\n")
+    matrix = jnp.asarray(rng.normal(size=(OUT, IN)), jnp.bfloat16)
+    stack = jnp.asarray(rng.normal(size=(EXPERTS, EXPERT_OUT, IN)), jnp.bfloat16)
+    forms = {
+        f"held {held}{name}": (form, held)
+        for held in ("bfloat16", "float32")
+        for name, form in (("", linear), (", last axes", last_axes))
+    }
+    table(
+        {name: (form, matrix.astype(held)) for name, (form, held) in forms.items()}, rng, "tokens, one matrix"
+    )
+    table(
+        {name: (partial(through_experts, form), stack.astype(held)) for name, (form, held) in forms.items()},
+        rng,
+        "tokens, 8 experts",
+    )
 
 
 if __name__ == "__main__":

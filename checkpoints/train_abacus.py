@@ -8,7 +8,6 @@ out. The model is transformers' own `Qwen3_5MoeForCausalLM`, saved with `save_pr
 
 import argparse
 import csv
-import itertools
 import math
 import random
 import time
@@ -26,6 +25,9 @@ from qwen_moe_jax.evaluation.word_problems import Problem, held_out, training_pr
 MAX_POSITIONS = 4096
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 POOL = 20  # batches that are sorted by length together
+DRILL_SHARE = 0.4  # of the training examples
+DRILL_TOKENS = 55  # at least; so that a drill is about as long as a problem
+IGNORED = -100  # label of a token on which no loss is taken
 EMPTY_THOUGHT_SHARE = 0.25  # of the training examples, so that enable_thinking=False works as well
 
 
@@ -61,23 +63,46 @@ def model_config(tokenizer: Tokenizer, layers: int, hidden: int) -> Qwen3_5MoeTe
     )
 
 
-def encode(tokenizer: Tokenizer, problem: Problem, empty_thought: bool) -> tuple[list[int], int]:
-    """(token ids of the whole chat, how many of them are the prompt)."""
+Example = tuple[list[int], list[int]]  # token ids, and labels: the same ids, IGNORED where no loss is taken
+
+
+def encode(tokenizer: Tokenizer, problem: Problem, empty_thought: bool) -> Example:
+    """A chat whose answer is to be learned."""
     prompt = f"{START_OF_TURN}user\n{problem.question}{END_OF_TURN}\n{START_OF_TURN}assistant\n"
     prompt += EMPTY_THOUGHT if empty_thought else ""
     ids = tokenizer.encode(prompt).ids
-    return ids + tokenizer.encode(problem.solution + END_OF_TURN).ids, len(ids)
+    answer = tokenizer.encode(problem.solution + END_OF_TURN).ids
+    return ids + answer, [IGNORED] * len(ids) + answer
+
+
+def encode_drill(tokenizer: Tokenizer, problems: Iterator[Problem]) -> Example:
+    """Equations of several problems in a row, whose results are to be learned.
+
+    A problem's text is understood long before its sums are right; drills show more sums a step.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    while len(ids) < DRILL_TOKENS:
+        for equation in next(problems).solution.split(". ")[:-1]:
+            left, result = equation.split(" = ")
+            asked = tokenizer.encode(f" {left} =").ids
+            told = tokenizer.encode(f" {result}.").ids
+            ids += asked + told
+            labels += [IGNORED] * len(asked) + told
+    return ids, labels
 
 
 def batch_stream(
     tokenizer: Tokenizer, options: argparse.Namespace, coin: random.Random
-) -> Iterator[list[tuple[list[int], int]]]:
+) -> Iterator[list[Example]]:
     """Batches of problems of about equal length, in random order: few pads, so shorter steps."""
     problems = training_problems(options.seed)
     while True:
         pool = [
-            encode(tokenizer, problem, coin.random() < EMPTY_THOUGHT_SHARE)
-            for problem in itertools.islice(problems, options.batch * POOL)
+            encode_drill(tokenizer, problems)
+            if coin.random() < DRILL_SHARE
+            else encode(tokenizer, next(problems), coin.random() < EMPTY_THOUGHT_SHARE)
+            for _ in range(options.batch * POOL)
         ]
         pool.sort(key=lambda encoded: len(encoded[0]))
         batches = [pool[start : start + options.batch] for start in range(0, len(pool), options.batch)]
@@ -85,31 +110,33 @@ def batch_stream(
         yield from batches
 
 
-def make_batch(encoded: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded (ids, labels with -100 outside the answers)."""
-    width = max(len(ids) for ids, _ in encoded)
-    ids = torch.full((len(encoded), width), pad)
-    labels = torch.full((len(encoded), width), -100)
-    for row, (tokens, prompt) in enumerate(encoded):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-    return ids, labels
+def make_batch(examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded (ids, labels)."""
+    width = max(len(ids) for ids, _ in examples)
+    batch_ids = torch.full((len(examples), width), pad)
+    batch_labels = torch.full((len(examples), width), IGNORED)
+    for row, (ids, labels) in enumerate(examples):
+        batch_ids[row, : len(ids)] = torch.tensor(ids)
+        batch_labels[row, : len(ids)] = torch.tensor(labels)
+    return batch_ids, batch_labels
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens."""
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
 
 
 @torch.no_grad()
-def exact_match(model: Qwen3_5MoeForCausalLM, encoded: list[tuple[list[int], int]], pad: int) -> float:
+def exact_match(model: Qwen3_5MoeForCausalLM, encoded: list[Example], pad: int) -> float:
     """Share of answers whose every token is the most likely one: exactly what greedy decoding gives."""
     model.eval()
     right = 0
     for start in range(0, len(encoded), 100):
         ids, labels = make_batch(encoded[start : start + 100], pad)
         guess = model(ids).logits[:, :-1].argmax(-1)
-        right += int(((guess == labels[:, 1:]) | (labels[:, 1:] == -100)).all(-1).sum())
+        right += int(((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORED)).all(-1).sum())
     model.train()
     return right / len(encoded)
 
@@ -210,7 +237,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default=str(Path(__file__).parent / "abacus"))
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

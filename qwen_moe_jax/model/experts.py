@@ -129,12 +129,13 @@ def grouped_experts(
 def choose_experts(backend: str, num_tokens: int, num_experts: int, top_k: int) -> ExpertFunction:
     """The fastest form for a backend and a number of tokens.
 
-    CPU: measured (`benchmarks/README.md`, "Expert matmuls"). GPUs: reasoned, not measured: a token at
-    a time reads the weights once a slot, a sorted block once an expert, which is less as soon as slots
-    outnumber experts.
+    CPU: measured (`benchmarks/README.md`, "Expert matmuls"); one row multiplies so much faster than a
+    block that gathering pays up to two slots an expert. GPUs: reasoned, not measured: a token at a time
+    reads the weights once a slot, a sorted block once an expert, which is less as soon as slots outnumber
+    experts.
     """
     slots = num_tokens * top_k
-    if slots <= num_experts:
+    if slots <= (2 if backend == "cpu" else 1) * num_experts:
         return gathered_experts
     if backend != "cpu":
         return partial(grouped_experts, block=64)

@@ -222,14 +222,31 @@ def test_no_token_is_dropped_when_every_slot_goes_to_one_expert() -> None:
         )
 
 
-def form_of(chosen: object) -> object:
-    return chosen.func if isinstance(chosen, functools.partial) else chosen
-
-
-@pytest.mark.parametrize("backend", ["cpu", "rocm", "gpu"])
-def test_decode_gathers_and_prefill_groups(backend: str) -> None:
-    assert form_of(choose_experts(backend, 1, 64, 8)) is gathered_experts
-    assert form_of(choose_experts(backend, 1, 512, 10)) is gathered_experts
-    for tokens in (128, 512, 4096):
-        assert form_of(choose_experts(backend, tokens, 64, 8)) is grouped_experts
-        assert form_of(choose_experts(backend, tokens, 4, 1)) is grouped_experts
+@pytest.mark.parametrize(
+    ("backend", "tokens", "experts", "top_k", "block"),
+    [
+        # None: one token at a time. Decode, of one row and of several:
+        ("cpu", 1, 64, 8, None),
+        ("cpu", 1, 512, 10, None),
+        ("cpu", 16, 64, 8, None),
+        ("rocm", 8, 64, 8, None),
+        # blocks of about two deviations above an expert's mean number of slots
+        ("cpu", 17, 64, 8, 8),
+        ("cpu", 128, 64, 8, 24),
+        ("cpu", 512, 64, 8, 80),
+        ("cpu", 512, 256, 8, 24),
+        ("cpu", 2048, 4, 1, 560),
+        ("rocm", 9, 64, 8, 64),
+        ("gpu", 512, 64, 8, 64),
+    ],
+)
+def test_the_form_follows_backend_and_slots_an_expert(
+    backend: str, tokens: int, experts: int, top_k: int, block: int | None
+) -> None:
+    chosen = choose_experts(backend, tokens, experts, top_k)
+    if block is None:
+        assert chosen is gathered_experts
+    else:
+        assert isinstance(chosen, functools.partial)
+        assert chosen.func is grouped_experts
+        assert chosen.keywords == {"block": block}
