@@ -34,9 +34,9 @@ def causal_conv(
     seq, kernel = x.shape[1], weight.shape[1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     inputs = jnp.concatenate([carried.astype(x.dtype), x], axis=1)
-    mixed = sum(
-        inputs[:, tap : tap + seq].astype(wide) * weight[:, tap].astype(wide) for tap in range(kernel)
-    )
+    mixed = jnp.zeros(x.shape, wide)
+    for tap in range(kernel):
+        mixed = mixed + inputs[:, tap : tap + seq].astype(wide) * weight[:, tap].astype(wide)
     keep = num_valid[:, None] + jnp.arange(kernel - 1)  # [batch, kernel - 1]
     carried = jnp.take_along_axis(inputs, keep[..., None], axis=1)
     # the reference rounds to the model dtype before the activation
