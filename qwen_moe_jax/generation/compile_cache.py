@@ -35,7 +35,7 @@ def enable_compilation_cache(folder: str | Path | None) -> None:
         folder: "auto" for the user's cache folder, a path, or None to leave JAX's setting alone. A
             folder that the user gave JAX (`jax_compilation_cache_dir`) wins over "auto".
     """
-    if folder is None or (folder == "auto" and jax.config.jax_compilation_cache_dir):
+    if folder is None or (folder == "auto" and jax.config.values["jax_compilation_cache_dir"]):
         return
     path = default_cache_folder() if folder == "auto" else Path(folder)
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -77,7 +77,7 @@ class Engine:
         return empty_cache(self.config, batch, capacity, self._kv_dtype, self._conv_dtype)
 
     def forward(
-        self, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+        self, tokens: jax.Array | np.ndarray, valid: jax.Array | np.ndarray, cache: HybridCache
     ) -> tuple[jax.Array, HybridCache]:
         """All logits of some new tokens, after what the cache holds (the cache is donated).
 

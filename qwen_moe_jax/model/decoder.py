@@ -1,6 +1,7 @@
 """The text model, top to bottom: embedding, decoder layers, final norm, output projection."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +129,11 @@ def abstract_decoder(config: ModelConfig, dtypes: DtypePolicy, backend: str) -> 
     return nnx.eval_shape(lambda: Decoder(config, dtypes, backend))
 
 
-def named_parameters(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:
-    """Canonical name (checkpoint key without its prefix, `layers.0.mlp.gate.weight`) -> parameter."""
+def named_parameters(decoder: Decoder) -> dict[str, Any]:
+    """Canonical name (checkpoint key without its prefix, `layers.0.mlp.gate.weight`) -> array.
+
+    Of an abstract decoder, the values are `jax.ShapeDtypeStruct`s.
+    """
     flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 

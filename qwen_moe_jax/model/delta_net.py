@@ -105,7 +105,8 @@ class GatedDeltaNet(nnx.Module):
         if seq == 1:
             output, state = delta_rule_step(
                 cache.state,
-                *(_repeat_heads(x[:, 0], c.linear_num_value_heads) for x in (query, key)),
+                _repeat_heads(query[:, 0], c.linear_num_value_heads),
+                _repeat_heads(key[:, 0], c.linear_num_value_heads),
                 value[:, 0],
                 g[:, 0],
                 beta[:, 0],
