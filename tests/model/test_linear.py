@@ -61,6 +61,12 @@ def test_float32_product_has_only_float32_error(shape: tuple[int, int, int]) -> 
     assert (error <= bound).all()
 
 
+def test_float32_activations_are_not_rounded_to_a_narrower_weight() -> None:
+    x, weight = draw(SHAPES[1], jnp.float32)
+    weight = weight.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(product(x, weight), product(x, weight.astype(jnp.float32)))
+
+
 def test_leading_dimensions_are_kept() -> None:
     x, weight = draw((6, 33, 7), jnp.float32)
     np.testing.assert_array_equal(
