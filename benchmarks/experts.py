@@ -1,6 +1,6 @@
 """The forms of the routed experts by token count, side by side in one run, with two that were rejected.
 
-    python benchmarks/experts.py [--dtype bfloat16]
+    python benchmarks/experts.py [--dtype bfloat16] [--least]
 
 Hidden 1024, intermediate 256, 64 experts, top-8; weights held as on CPU, in float32. The table and what
 `choose_experts` takes from it are in `benchmarks/README.md`, "Expert matmuls".
@@ -28,7 +28,7 @@ HIDDEN, INNER, EXPERTS, TOP_K = 1024, 256, 64, 8
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 BLOCKS = (8, 16, 32, 64, 128)
 # a form is left out beyond this many tokens, where one call would take seconds
-LIMITS = {"gathered": 128, "gather + einsum": 32, "dense": 512}
+LIMITS = {"gathered": 128, "gather + einsum": 16, "ragged_dot": 128}
 
 
 def gather_einsum(
@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--least", action="store_true", help="the least of the rounds, not the median")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     options = parser.parse_args()
 
@@ -82,7 +83,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     gate_up = jnp.asarray(rng.normal(size=(EXPERTS, 2 * INNER, HIDDEN)).astype(np.float32) / 32, held)
     down = jnp.asarray(rng.normal(size=(EXPERTS, HIDDEN, INNER)).astype(np.float32) / 16, held)
-    print(f"jax {jax.__version__}, {backend}, {dtype} held in {held}, medians of {options.rounds}, ms\n")
+    print(f"jax {jax.__version__}, {backend}, {dtype} held in {held}, ms")
+    print(f"{'least' if options.least else 'medians'} of {options.rounds}\n")
     print(f"| tokens | {' | '.join(FORMS)} | chosen |\n|{'---|' * (len(FORMS) + 2)}")
     for tokens in options.tokens:
         ids = np.argsort(rng.uniform(size=(tokens, EXPERTS)), axis=1)[:, :TOP_K]
@@ -98,7 +100,7 @@ def main() -> None:
             for name, form in FORMS.items()
             if tokens <= LIMITS.get(name, tokens)
         }
-        taken = median_ms(calls, options.rounds)
+        taken = median_ms(calls, options.rounds, options.least)
         picked = choose_experts(backend, tokens, EXPERTS, TOP_K)
         chosen = f"grouped {picked.keywords['block']}" if isinstance(picked, partial) else "gathered"
         cells = [f"{taken[name]:.2f}" if name in taken else "" for name in FORMS]

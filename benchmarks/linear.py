@@ -1,11 +1,12 @@
 """Why matrices are held in float32 on CPU, and why the product is written with a transposed matrix.
 
-    python benchmarks/linear.py
+    python benchmarks/linear.py [--least]
 
 bfloat16 activations times a [8192, 1024] matrix, and through experts of [512, 1024] read in place from a
 stack of 64. The tables are in `benchmarks/README.md`, "Held dtype on CPU".
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -42,37 +43,41 @@ def through_experts(product: Callable[..., jax.Array], x: jax.Array, stack: jax.
 
 
 def table(
-    forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]], rng: np.random.Generator, title: str
+    forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]],
+    rng: np.random.Generator,
+    title: str,
+    least: bool,
 ) -> None:
     """One row a number of tokens, one column a form."""
     print(f"| {title} | {' | '.join(forms)} |\n|{'---|' * (len(forms) + 1)}")
     for tokens in BATCHES:
         x = jnp.asarray(rng.normal(size=(tokens, IN)), jnp.bfloat16)
         calls = {name: partial(jax.jit(form), x, weight) for name, (form, weight) in forms.items()}
-        taken = median_ms(calls, ROUNDS)
+        taken = median_ms(calls, ROUNDS, least)
         print(f"| {tokens} | {' | '.join(f'{taken[name]:.2f}' for name in forms)} |", flush=True)
     print()
 
 
 def main() -> None:
     """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--least", action="store_true", help="the least of the rounds, not the median")
+    least = parser.parse_args().least
     rng = np.random.default_rng(0)
-    print(f"jax {jax.__version__}, {jax.default_backend()}, medians of {ROUNDS}, ms\n")
+    statistic = "least" if least else "medians"
+    print(f"jax {jax.__version__}, {jax.default_backend()}, {statistic} of {ROUNDS}, ms\n")
     matrix = jnp.asarray(rng.normal(size=(OUT, IN)), jnp.bfloat16)
     stack = jnp.asarray(rng.normal(size=(EXPERTS, EXPERT_OUT, IN)), jnp.bfloat16)
-    forms = {
-        f"held {held}{name}": (form, held)
-        for held in ("bfloat16", "float32")
-        for name, form in (("", linear), (", last axes", last_axes))
-    }
-    table(
-        {name: (form, matrix.astype(held)) for name, (form, held) in forms.items()}, rng, "tokens, one matrix"
-    )
-    table(
-        {name: (partial(through_experts, form), stack.astype(held)) for name, (form, held) in forms.items()},
-        rng,
-        "tokens, 8 experts",
-    )
+    for title, wrap, weight in (
+        ("tokens, one matrix", lambda form: form, matrix),
+        ("tokens, 8 experts", lambda form: partial(through_experts, form), stack),
+    ):
+        forms = {
+            f"held {held}{name}": (wrap(form), weight.astype(held))
+            for held in ("bfloat16", "float32")
+            for name, form in (("", linear), (", last axes", last_axes))
+        }
+        table(forms, rng, title, least)
 
 
 if __name__ == "__main__":

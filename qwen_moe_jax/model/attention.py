@@ -125,7 +125,7 @@ class GatedAttention(nnx.Module):
             cache: what came before.
 
         Returns:
-            ([batch, seq, hidden], the cache with this call's valid tokens).
+            (float32 [batch, seq, hidden], the cache with this call's valid tokens).
         """
         batch, seq, _ = x.shape
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
@@ -141,4 +141,4 @@ class GatedAttention(nnx.Module):
         cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
         mixed = blockwise_attention(query, cache.k, cache.v, positions)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
-        return linear(mixed, self.o_proj.weight[...]), cache
+        return linear(mixed, self.o_proj.weight[...], jnp.float32), cache

@@ -38,6 +38,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtypes: DtypePolicy, backend: str, kind: str):
         self.eps = config.rms_norm_eps
+        self.compute = dtypes.compute
         self.input_layernorm = Weight((config.hidden_size,), dtypes.vector)
         if kind == FULL_ATTENTION:
             self.self_attn = GatedAttention(config, dtypes)
@@ -49,14 +50,14 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
     ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
-        """x [batch, seq, hidden] -> (the same shape, the layer's cache after it)."""
-        normed = rms_norm(x, self.input_layernorm.weight[...], self.eps)
+        """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
+        normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
         if isinstance(cache, KVCache):
             mixed, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
         else:
             mixed, cache = self.linear_attn(normed, step.valid, cache)
         x = x + mixed
-        normed = rms_norm(x, self.post_attention_layernorm.weight[...], self.eps)
+        normed = rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
         return x + self.mlp(normed, step.valid), cache
 
 
@@ -106,14 +107,16 @@ class Decoder(nnx.Module):
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rotary = rotary_tables(self.config, positions if rope_positions is None else rope_positions)
         step = Step(valid=valid, positions=positions, rotary=rotary)
-        x = self.embed_tokens.weight[...][tokens].astype(self.dtypes.compute)
+        # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
+        # each time would be the largest error of a bfloat16 model.
+        x = self.embed_tokens.weight[...][tokens].astype(jnp.float32)
         # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
         x = jnp.where(valid[..., None], x, 0)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
-        hidden = rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps)
+        hidden = rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
         return hidden, HybridCache(
             layers=tuple(layers), length=cache.length + valid.sum(axis=1, dtype=jnp.int32)
         )

@@ -77,7 +77,7 @@ class GatedDeltaNet(nnx.Module):
             cache: what came before.
 
         Returns:
-            ([batch, seq, hidden], the cache after this call's valid tokens).
+            (float32 [batch, seq, hidden], the cache after this call's valid tokens).
         """
         c = self.config
         batch, seq, _ = x.shape
@@ -117,7 +117,7 @@ class GatedDeltaNet(nnx.Module):
 
         gate = linear(x, self.in_proj_z.weight[...]).reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
-        out = linear(normed.reshape(batch, seq, -1), self.out_proj.weight[...])
+        out = linear(normed.reshape(batch, seq, -1), self.out_proj.weight[...], jnp.float32)
         return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
 
 

@@ -21,7 +21,7 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     """Top-k routing with renormalised probabilities.
 
     Args:
-        logits: [tokens, experts], compute dtype.
+        logits: [tokens, experts], any float dtype.
         top_k: experts a token.
 
     Returns:
@@ -37,9 +37,9 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
 def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x).
 
-    x [tokens, hidden]; gate, up [intermediate, hidden]; down [hidden, intermediate] -> like x.
+    x [tokens, hidden]; gate, up [intermediate, hidden]; down [hidden, intermediate] -> float32, like x.
     """
-    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down, jnp.float32)
 
 
 class Experts(nnx.Module):
@@ -62,7 +62,7 @@ class SharedExpert(nnx.Module):
         self.down_proj = Weight((hidden, inner), dtypes.matrix)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[tokens, hidden] -> [tokens, hidden]."""
+        """[tokens, hidden] -> float32 [tokens, hidden]."""
         return gated_mlp(x, self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...])
 
 
@@ -80,16 +80,18 @@ class SparseMoe(nnx.Module):
     def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """The routed sum, [tokens, hidden]; pads (valid [tokens] false) reach no expert and get zero."""
         c = self.config
-        ids, weights = route(linear(x, self.gate.weight[...]), c.num_experts_per_tok)
+        # Router logits keep float32: rounded to bfloat16, near ties choose other experts.
+        ids, weights = route(linear(x, self.gate.weight[...], jnp.float32), c.num_experts_per_tok)
         ids = jnp.where(valid[:, None], ids, c.num_experts)
         experts = choose_experts(self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok)
         return experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
 
     def shared(self, x: jax.Array) -> jax.Array:
-        """The shared expert times its gate, [tokens, hidden]."""
-        return jax.nn.sigmoid(linear(x, self.shared_expert_gate.weight[...])) * self.shared_expert(x)
+        """The shared expert times its gate, float32 [tokens, hidden]."""
+        gate = linear(x, self.shared_expert_gate.weight[...], jnp.float32)
+        return jax.nn.sigmoid(gate) * self.shared_expert(x)
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """x [batch, seq, hidden], valid bool [batch, seq] -> [batch, seq, hidden]."""
+        """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""
         flat = x.reshape(-1, x.shape[-1])
         return (self.routed(flat, valid.reshape(-1)) + self.shared(flat)).reshape(x.shape)
