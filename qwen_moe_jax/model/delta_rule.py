@@ -56,10 +56,11 @@ def delta_rule_step(
     _check_state(state)
     query, key, value, g, beta = (x.astype(state.dtype) for x in (query, key, value, g, beta))
     state = state * jnp.exp(g)[..., None, None]
-    recalled = (state * key[..., None]).sum(axis=-2)
+    # as products, not as multiply-and-sum, which XLA:CPU runs ten times slower
+    recalled = _einsum("...kv,...k->...v", state, key)
     correction = (value - recalled) * beta[..., None]
     state = state + key[..., None] * correction[..., None, :]
-    return (state * query[..., None]).sum(axis=-2), state
+    return _einsum("...kv,...k->...v", state, query), state
 
 
 def delta_rule_scan(

@@ -22,8 +22,9 @@ chunked = jax.jit(delta_rule_chunked)
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 200)
 
-# float32 over 200 steps, largest difference over the largest value of a row. Measured: 1e-6 for most,
-# 5e-6 for the worst regime ("one key": the same direction is read and rewritten at every step).
+# float32 over up to 200 steps, largest difference over the largest value of a row: mostly a few 1e-7, with
+# room for platforms that sum in another order. Differences of cumulative decays would fail at 2.4e-5
+# ("decay now and then").
 TOLERANCE = 2e-5
 
 
@@ -78,11 +79,16 @@ def test_single_steps_follow_the_recurrence() -> None:
     assert_close((np.stack(outputs, axis=1), state), truth)
 
 
-@pytest.mark.parametrize("chunk_size", [16, 128])
+@pytest.mark.parametrize("chunk_size", [16, 48])
 def test_the_chunk_size_changes_nothing(chunk_size: int) -> None:
-    inputs = delta_inputs(4, 129)
+    inputs = delta_inputs(4, 65)
     other = jax.jit(functools.partial(delta_rule_chunked, chunk_size=chunk_size))
     assert_close(other(*inputs), delta_oracle(*inputs))
+
+
+def test_a_chunk_size_that_the_solver_cannot_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        delta_rule_chunked(*delta_inputs(4, 65), chunk_size=20)
 
 
 @pytest.mark.parametrize("split", [1, 2, 31, 63, 64, 65, 119])
