@@ -19,9 +19,9 @@ Each G_ij is summed from its own steps. As a difference of two cumulative sums, 
 lose to rounding whatever is small beside a strong decay earlier in the chunk. No exponent is above zero,
 so nothing overflows. A step with g = 0 and k = v = beta = 0 changes nothing, bit for bit.
 
-The system is solved by blocked forward substitution, faster and no less exact than XLA's triangular solve
-(on GPUs a library call); the products (I - A)(I + A^2)(I + A^4)... lose every digit when keys repeat
-(`benchmarks/README.md`, "Chunk solver").
+The system is solved by blocked forward substitution: no less exact than XLA's triangular solve (a library
+call on CPU and GPUs), as fast on one core and faster on two. The products (I - A)(I + A^2)(I + A^4)... lose
+every digit when keys repeat (`benchmarks/README.md`, "Chunk solver").
 
 Queries and keys come L2-normalised and queries scaled. All of it is computed in float32 (or wider,
 if the state is), with products in full float32 also where the hardware has a faster, coarser mode.

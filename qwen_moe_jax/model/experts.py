@@ -7,8 +7,9 @@ Every function here computes, for each token t,
 with `expert_ids` [tokens, top_k] in 0 .. E; id E means "no expert" and contributes exactly zero (pads;
 experts held elsewhere). Weights stand in checkpoint layout: `gate_up` [E, 2 * intermediate, hidden] with
 the gate rows first, `down` [E, hidden, intermediate]. No token is ever dropped, however unbalanced the
-routing. The gate and up products, the hidden activation, the expert output and its weighted value are
-each rounded to x.dtype, where released models round; slots are summed in float32.
+routing. The gate and up products, the hidden activation and the expert output are each rounded to x.dtype,
+where released models round, and the weighted value to the wider of x.dtype and weights.dtype; slots are
+summed in float32 and the sum is rounded to x.dtype.
 """
 
 from collections.abc import Callable

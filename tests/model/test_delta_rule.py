@@ -22,10 +22,9 @@ chunked = jax.jit(delta_rule_chunked)
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 200)
 
-# float32 over up to 200 steps, largest difference over the largest value of a row: mostly a few 1e-7, with
-# room for platforms that sum in another order. Differences of cumulative decays would fail at 2.4e-5
-# ("decay now and then").
-TOLERANCE = 2e-5
+# float32 over up to 200 steps, largest difference over the largest value of a row: at most 1.1e-6 over six
+# seeds. Differences of cumulative decays, the usual way, would fail at 2.4e-5 ("decay now and then").
+TOLERANCE = 4e-6
 
 
 def assert_close(ours: tuple, truth: tuple) -> None:
@@ -147,6 +146,8 @@ def test_half_precision_tokens_are_computed_in_float32() -> None:
 
 # The bar of the whole model's parity: no less exact than the reference's own float32, on the whole.
 LARGEST_ERROR_RATIO = 1.1
+# Of one regime over its seeds; the chunked form is at 1.3 for "one key".
+LARGEST_ERROR_RATIO_OF_A_REGIME = 2.0
 
 
 @pytest.mark.parametrize(
@@ -171,3 +172,4 @@ def test_no_less_exact_than_the_reference(ours, reference) -> None:
         logs.append(np.log(our_error / their_error))
     ratio = np.exp(np.mean(logs, axis=0))
     assert np.exp(np.mean(logs)) <= LARGEST_ERROR_RATIO, dict(zip(REGIMES, ratio, strict=True))
+    assert ratio.max() <= LARGEST_ERROR_RATIO_OF_A_REGIME, dict(zip(REGIMES, ratio, strict=True))
