@@ -108,14 +108,14 @@ def grouped_experts(
     last_block = jnp.cumsum(blocks)
     # Rows behind the last slot let a block run over the end; they are read as token 0 and not used.
     source = jnp.pad(order, (0, block)) // top_k
-    outputs = jnp.zeros((slots + block, hidden), x.dtype)
+    outputs = jnp.zeros((slots + block, hidden), wide)  # no narrower: XLA:CPU converts row by row
 
     def one_block(index: jax.Array, outputs: jax.Array) -> jax.Array:
         expert = jnp.searchsorted(last_block, index, side="right").astype(jnp.int32)
         within = index - (last_block[expert] - blocks[expert])
         start = first_slot[expert] + within * block
         rows = lax.dynamic_slice_in_dim(source, start, block)
-        output = _expert(x[rows], *_weights_of(expert, gate_up, down))
+        output = _expert(x[rows], *_weights_of(expert, gate_up, down)).astype(wide)
         # A block may reach into the next expert's slots; those are written again by their own, later block.
         return lax.dynamic_update_slice_in_dim(outputs, output, start, axis=0)
 
