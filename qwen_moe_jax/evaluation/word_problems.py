@@ -18,6 +18,8 @@ __all__ = ["SEEN", "UNSEEN", "Problem", "Template", "extract_answer", "held_out"
 _LARGEST_RESULT = 999
 # One (template, numbers) pair in this many is kept out of training.
 _HELD_OUT_ONE_IN = 10
+# Draws in a row without a new held-out problem after which no more are expected.
+_PATIENCE = 5_000
 
 _HE = ("he", "He", "him", "his")
 _SHE = ("she", "She", "her", "her")
@@ -79,12 +81,13 @@ def held_out(count: int, seed: int, unseen_templates: bool = False) -> list[Prob
     rng = random.Random(f"held out {seed} {unseen_templates}")
     templates = UNSEEN if unseen_templates else SEEN
     found: dict[tuple[str, tuple[int, ...]], Problem] = {}
-    for _ in range(10_000 + 500 * count):
-        if len(found) >= count:
-            break
+    fruitless = 0
+    while len(found) < count and fruitless < _PATIENCE:
         problem = _draw(rng.choice(templates), rng)
+        before = len(found)
         if unseen_templates or is_held_out(problem):
             found.setdefault((problem.template, problem.numbers), problem)
+        fruitless = fruitless + 1 if len(found) == before else 0
     if len(found) < count:
         raise ValueError(f"only {len(found)} distinct held-out problems were found, {count} were asked for")
     return list(found.values())
