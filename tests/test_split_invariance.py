@@ -16,7 +16,7 @@ from support.reference import save_reference
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.generation.engine import Engine
-from qwen_moe_jax.generation.loading import load_decoder
+from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 
 # lfllf with a convolution of kernel 4: both layer kinds, also one behind the other.
@@ -40,8 +40,7 @@ def folder() -> Path:
 def engine(dtype: str = "float32") -> Engine:
     backend = jax.default_backend()
     config = ModelConfig.from_file(folder())
-    decoder = load_decoder(folder(), config, jnp.dtype(dtype), backend, progress=False).decoder
-    return Engine(decoder, backend)
+    return Engine(load_forward(folder(), config, jnp.dtype(dtype), backend, progress=False).forward)
 
 
 @functools.cache
@@ -180,9 +179,8 @@ def test_the_cache_after_right_padding_is_that_of_the_valid_tokens(count: int) -
 def test_the_recurrent_state_is_float32_also_in_a_bfloat16_model() -> None:
     backend = jax.default_backend()
     config = ModelConfig.from_file(folder())
-    narrow = Engine(
-        load_decoder(folder(), config, jnp.dtype(jnp.bfloat16), backend, progress=False).decoder, backend
-    )
+    dtype = jnp.dtype(jnp.bfloat16)
+    narrow = Engine(load_forward(folder(), config, dtype, backend, progress=False).forward)
     cache, _ = narrow.prefill([ROWS[0][:5]], room=1)
     states = [layer.state for layer in cache.layers if isinstance(layer, DeltaNetCache)]
     assert states

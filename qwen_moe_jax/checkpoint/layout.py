@@ -9,7 +9,6 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 """
 
 import dataclasses
-from math import prod
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 
@@ -118,17 +117,17 @@ def is_matrix(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A tensor of the file that is a contiguous part of a parameter.
+    """A tensor of the file that is a part of a parameter.
 
     Attributes:
         name: its canonical name.
         shape: its shape in the file.
-        start: the flat index of its first element in the parameter.
+        origin: index of its first element in the parameter, which may have more, leading dimensions.
     """
 
     name: str
     shape: tuple[int, ...]
-    start: int
+    origin: tuple[int, ...]
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -145,7 +144,7 @@ def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
     part_shape = (out // len(parts), width)
     return [
-        Piece(f"{stack}.{expert}.{part}.weight", part_shape, (expert * len(parts) + i) * prod(part_shape))
+        Piece(f"{stack}.{expert}.{part}.weight", part_shape, (expert, i * part_shape[0], 0))
         for expert in range(experts)
         for i, part in enumerate(parts)
     ]

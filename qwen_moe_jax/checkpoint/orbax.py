@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from qwen_moe_jax.checkpoint.reader import ReadReport
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, abbreviate, all_finite
+from qwen_moe_jax.checkpoint.targets import Box, Target, place
 from qwen_moe_jax.checkpoint.writer import (
     ORBAX_FOLDER,
     check_parameters,
@@ -121,10 +123,81 @@ def read_orbax(
             bar.update(sum(array.nbytes for array in arrays.values()))
     not_finite = [name for name, value in read.items() if not _all_finite(value)]
     if not_finite:
-        raise CheckpointError(
-            f"{folder} holds NaN or infinite values in {abbreviate(not_finite)}; the weights are damaged."
-        )
+        raise _not_finite(folder, not_finite)
     return {name: read[name] for name in expected}
+
+
+def read_orbax_targets(
+    folder: str | Path,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, jax.Array], ReadReport]:
+    """Reads targets; see `reader.read_targets`, whose Orbax counterpart this is.
+
+    Parameters that are held as they are stored are restored straight into their sharding. Others come through
+    the host, one layer at a time, whole, in every process.
+    """
+    stored = stored_arrays(folder)
+    total = sum(array.size * array.dtype.itemsize for array in stored.values())
+    report = ReadReport(
+        file_bytes=total,
+        read_bytes=total,
+        skipped={},
+        rounded=(),
+        dtypes={name: np.dtype(array.dtype) for name, array in stored.items()},
+    )
+    if all(target.as_stored for target in targets.values()):
+        expected = {name: target.struct for name, target in targets.items()}
+        return read_orbax(folder, expected, progress=progress), report
+
+    check_arrays(folder, stored, shapes)
+    read: dict[str, jax.Array] = {}
+    damaged: list[str] = []
+    hosts: dict[str, np.ndarray] = {}
+
+    def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
+        if _layer(name) != _layer(next(iter(hosts), "")):
+            hosts.clear()
+            hosts.update(
+                _restore_layer(folder, {n: s for n, s in stored.items() if _layer(n) == _layer(name)})
+            )
+            bar.update(sum(host.nbytes for host in hosts.values()))
+        with np.errstate(over="ignore"):
+            out[...] = hosts[name][box]
+        finite = all_finite(np.ascontiguousarray(out))
+        return [] if finite else [name]
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+        for name, target in targets.items():
+            read[name], not_finite = place(target, fetch)
+            damaged += not_finite
+    if damaged:
+        raise _not_finite(folder, list(dict.fromkeys(damaged)))
+    return read, report
+
+
+def _restore_layer(folder: str | Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    path = Path(folder).resolve() / ORBAX_FOLDER
+    args = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=array.dtype) for name, array in arrays.items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.restore(
+                path, ocp.args.PyTreeRestore(dict(arrays), restore_args=args, partial_restore=True)
+            )
+        except Exception as error:  # tensorstore raises built-in types of many kinds
+            raise _damaged(path.parent, error) from error
+
+
+def _not_finite(folder: str | Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds NaN or infinite values in {abbreviate(names)}; the weights are damaged."
+    )
 
 
 def stored_arrays(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:

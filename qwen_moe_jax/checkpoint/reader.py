@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 
 import jax
@@ -23,13 +22,11 @@ from qwen_moe_jax.checkpoint.safetensors_files import (
     StoredTensor,
     abbreviate,
     iter_float32,
-    read_elements,
+    read_box,
     stored_tensors,
 )
+from qwen_moe_jax.checkpoint.targets import Box, Target, place, whole
 from qwen_moe_jax.errors import CheckpointError
-
-# XLA:CPU takes over host memory without a copy if it is aligned to this many bytes.
-_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +34,18 @@ class ReadReport:
     """What reading found besides the parameters.
 
     Attributes:
-        file_bytes: bytes of the parameters in the files.
+        file_bytes: bytes of all parameters in the files.
+        read_bytes: bytes of them that this process read: what its devices hold, each slice once.
         skipped: families of tensors that text generation does not use ("model.visual", "mtp") -> tensors.
         rounded: parameters of float32 files that are held in bfloat16.
+        dtypes: stored parameter -> the widest dtype that any of its tensors is stored in.
     """
 
     file_bytes: int
+    read_bytes: int
     skipped: dict[str, int]
     rounded: tuple[str, ...]
+    dtypes: dict[str, np.dtype]
 
 
 # A parameter's tensors in the files, with the place of each in the parameter.
@@ -69,7 +70,30 @@ class Match:
 def read_parameters(
     folder: str | Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, progress: bool = False
 ) -> tuple[dict[str, jax.Array], ReadReport]:
-    """Reads every expected parameter, one at a time, and places it where its sharding says.
+    """Reads parameters that are held as they are stored; see `read_targets`.
+
+    Args:
+        folder: as there.
+        expected: canonical name -> shape, held dtype (float32 or bfloat16), and a sharding or None for the
+            default device.
+        progress: as there.
+    """
+    return read_targets(
+        folder,
+        {name: whole(name, struct) for name, struct in expected.items()},
+        {name: tuple(struct.shape) for name, struct in expected.items()},
+        progress=progress,
+    )
+
+
+def read_targets(
+    folder: str | Path,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, jax.Array], ReadReport]:
+    """Reads every target, one at a time, and of each what this process's devices hold of it.
 
     bfloat16 held as float32 is exact; float32 held as bfloat16 is rounded to nearest even and reported.
     Both prefixes and both layouts of experts are read (see `layout`). A tied checkpoint may hold an `lm_head`
@@ -77,18 +101,17 @@ def read_parameters(
 
     Args:
         folder: with `model.safetensors`, or shards and their index.
-        expected: canonical name -> shape, held dtype (float32 or bfloat16), and a sharding or None for the
-            default device.
+        targets: name -> what is held and what it is made of.
+        shapes: canonical name -> shape of every parameter that the checkpoint has to hold.
         progress: show a progress bar on standard error.
 
     Returns:
-        (canonical name -> array, in the order of `expected`; what else was found).
+        (name -> array, in the order of `targets`; what else was found).
 
     Raises:
         CheckpointNotFoundError: the folder or a file is missing.
         CheckpointError: a file is damaged, or keys, shapes, dtypes or values do not fit (all are named).
     """
-    shapes = {name: tuple(struct.shape) for name, struct in expected.items()}
     match = match_tensors(folder, stored_tensors(folder), shapes)
     sources = match.sources
     if match.tied_head is not None and not _equal(match.tied_head, sources["embed_tokens.weight"][0][1]):
@@ -98,27 +121,39 @@ def read_parameters(
         )
     read: dict[str, jax.Array] = {}
     damaged: list[str] = []
-    total = sum(tensor.nbytes for source in sources.values() for _, tensor in source)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for name in sorted(expected, key=lambda name: _position(sources[name])):
-            host, not_finite = _assemble(expected[name], sources[name])
+    read_bytes = 0
+    dtypes = {
+        name: max((READABLE_DTYPES[t.dtype] for _, t in source), key=lambda dtype: dtype.itemsize)
+        for name, source in sources.items()
+    }
+    rounded: list[str] = []
+
+    with tqdm(unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+
+        def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
+            nonlocal read_bytes
+            not_finite, count = _read_source(sources[name], box, out)
+            read_bytes += count
+            bar.update(count)
+            if dtypes[name].itemsize > out.dtype.itemsize:
+                rounded.append(name)
+            return not_finite
+
+        # in the order of the files, so that a disk reads forward
+        for name in sorted(targets, key=lambda name: _position(sources[name])):
+            read[name], not_finite = place(targets[name], fetch)
             damaged += not_finite
-            read[name] = _place(host, expected[name])
-            bar.update(sum(tensor.nbytes for _, tensor in sources[name]))
     if damaged:
-        raise CheckpointError(
-            f"{folder} holds NaN or infinite values in {abbreviate(damaged)}; the weights are damaged."
-        )
+        keys = abbreviate(list(dict.fromkeys(damaged)))
+        raise CheckpointError(f"{folder} holds NaN or infinite values in {keys}; the weights are damaged.")
     report = ReadReport(
-        file_bytes=total,
+        file_bytes=sum(tensor.nbytes for source in sources.values() for _, tensor in source),
+        read_bytes=read_bytes,
         skipped=match.skipped,
-        rounded=tuple(
-            name
-            for name, struct in expected.items()
-            if any(READABLE_DTYPES[t.dtype].itemsize > struct.dtype.itemsize for _, t in sources[name])
-        ),
+        rounded=tuple(dict.fromkeys(rounded)),
+        dtypes=dtypes,
     )
-    return {name: read[name] for name in expected}, report
+    return {name: read[name] for name in targets}, report
 
 
 def checkpoint_dtype(folder: str | Path) -> str:
@@ -208,7 +243,7 @@ def _pieces(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor
     split = expert_pieces(name, shape)
     if name not in stored and any(piece.name in stored for piece in split):
         return split
-    return [Piece(name, shape, 0)]
+    return [Piece(name, shape, (0,) * len(shape))]
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -222,25 +257,23 @@ def _position(source: Source) -> tuple[str, int]:
     return str(first.file), first.offset
 
 
-def _assemble(struct: jax.ShapeDtypeStruct, source: Source) -> tuple[np.ndarray, list[str]]:
-    """The parameter on the host, and the keys of tensors with NaN or infinite values."""
-    host = _aligned_empty(struct.shape, np.dtype(struct.dtype))
-    flat = host.reshape(-1)
-    damaged = [
-        tensor.key
-        for piece, tensor in source
-        if not read_elements(tensor, 0, flat[piece.start : piece.start + prod(piece.shape)])
-    ]
-    return host, damaged
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    count = prod(shape) * dtype.itemsize
-    raw = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + count].view(dtype).reshape(shape)
-
-
-def _place(host: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
-    # On CPU the array takes over the host memory; elsewhere waiting keeps one host copy alive at a time.
-    return jax.device_put(host, struct.sharding).block_until_ready()
+def _read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], int]:
+    """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read)."""
+    damaged, count = [], 0
+    for piece, tensor in source:
+        # leading dimensions that the tensor lacks are the piece's own place in the parameter
+        extra = len(piece.origin) - len(piece.shape)
+        extent = (1,) * extra + piece.shape
+        common = tuple(
+            slice(max(s.start, o), min(s.stop, o + n))
+            for s, o, n in zip(box, piece.origin, extent, strict=True)
+        )
+        if any(s.start >= s.stop for s in common):
+            continue
+        inside = tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, piece.origin, strict=True))
+        place = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, box, strict=True))
+        view = out[place]
+        if not read_box(tensor, inside[extra:], view[(0,) * extra]):
+            damaged.append(tensor.key)
+        count += view.size * READABLE_DTYPES[tensor.dtype].itemsize
+    return damaged, count

@@ -6,6 +6,7 @@ page it touched resident beside the converted copy.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from math import prod
@@ -191,35 +192,56 @@ def _check_extent(file: Path, size: int, data: int, tensors: dict[str, StoredTen
         )
 
 
-def read_elements(tensor: StoredTensor, start: int, out: np.ndarray) -> bool:
-    """Reads consecutive elements of a stored tensor, converting them to `out`'s dtype on the way.
+def read_box(tensor: StoredTensor, box: tuple[slice, ...], out: np.ndarray) -> bool:
+    """Reads a box of a stored tensor, and nothing else of it, converting to `out`'s dtype on the way.
 
-    The one place where weights are read: a whole tensor is `start=0`, rows of it are a range.
+    The one place where weights are read.
 
     Args:
         tensor: float32 or bfloat16.
-        start: flat index of the first element.
-        out: contiguous, float32 or bfloat16; its size says how many elements.
+        box: a slice with start and stop for each of its dimensions.
+        out: of the box's shape, float32 or bfloat16, of any strides.
 
     Returns:
         Whether every element is finite in `out` (a float32 value may overflow bfloat16).
     """
+    # Dimensions behind the last divided one lie together in the file: a run is a range of that dimension.
+    last = max((d for d, s in enumerate(box) if s.stop - s.start < tensor.shape[d]), default=0)
+    inner = prod(tensor.shape[last + 1 :])
+    finite = True
+    with tensor.file.open("rb", buffering=0) as stream:
+        for lead in itertools.product(*(range(s.start, s.stop) for s in box[:last])):
+            start = 0
+            for index, size in zip(lead, tensor.shape, strict=False):
+                start = start * size + index
+            if box:
+                start = (start * tensor.shape[last] + box[last].start) * inner
+            target = out[tuple(index - s.start for index, s in zip(lead, box, strict=False))]
+            if target.flags.c_contiguous:
+                finite &= _read_run(stream, tensor, start, target.reshape(-1))
+            else:
+                run = np.empty(target.shape, out.dtype)
+                finite &= _read_run(stream, tensor, start, run.reshape(-1))
+                target[...] = run
+    return finite
+
+
+def _read_run(stream: Any, tensor: StoredTensor, start: int, out: np.ndarray) -> bool:
+    """Consecutive elements from flat index `start` on; whether they are finite."""
     stored = READABLE_DTYPES[tensor.dtype]
-    out = out.reshape(-1)
     direct = stored == out.dtype
     scratch = None if direct else np.empty(min(_PIECE, out.size), stored)
     finite = True
-    with tensor.file.open("rb", buffering=0) as stream:
-        stream.seek(tensor.offset + start * stored.itemsize)
-        for first in range(0, out.size, _PIECE):
-            target = out[first : first + _PIECE]
-            piece = target if scratch is None else scratch[: target.size]
-            _fill(stream, piece.view(np.uint8), tensor)
-            if scratch is not None:
-                with np.errstate(over="ignore"):
-                    np.copyto(target, piece, casting="unsafe")
-            # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
-            finite = finite and all_finite(piece if piece.itemsize < target.itemsize else target)
+    stream.seek(tensor.offset + start * stored.itemsize)
+    for first in range(0, out.size, _PIECE):
+        target = out[first : first + _PIECE]
+        piece = target if scratch is None else scratch[: target.size]
+        _fill(stream, piece.view(np.uint8), tensor)
+        if scratch is not None:
+            with np.errstate(over="ignore"):
+                np.copyto(target, piece, casting="unsafe")
+        # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
+        finite = finite and all_finite(piece if piece.itemsize < target.itemsize else target)
     return finite
 
 
@@ -248,10 +270,11 @@ def all_finite(values: np.ndarray) -> bool:
 def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
     """The tensor's values in order, as short float32 arrays."""
     total = prod(tensor.shape)
-    for first in range(0, total, _PIECE):
-        piece = np.empty(min(_PIECE, total - first), np.float32)
-        read_elements(tensor, first, piece)
-        yield piece
+    with tensor.file.open("rb", buffering=0) as stream:
+        for first in range(0, total, _PIECE):
+            piece = np.empty(min(_PIECE, total - first), np.float32)
+            _read_run(stream, tensor, first, piece)
+            yield piece
 
 
 def abbreviate(items: list[str], limit: int = 10) -> str:

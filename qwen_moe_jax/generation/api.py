@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.writer import write_safetensors
@@ -17,13 +18,14 @@ from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
 from qwen_moe_jax.generation.engine import BLOCK_STEPS, Engine
-from qwen_moe_jax.generation.loading import Loaded, compute_dtype, load_decoder, resolve_folder
+from qwen_moe_jax.generation.loading import Loaded, compute_dtype, load_forward, resolve_folder
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.running import Generation
 from qwen_moe_jax.generation.stopping import Row
 from qwen_moe_jax.generation.tokenizer import Tokenizer
-from qwen_moe_jax.model.decoder import named_parameters
+from qwen_moe_jax.parallel.choose import choose_layout
+from qwen_moe_jax.parallel.layout import Layout
 
 # Steps a device call while streaming: text appears this many tokens at a time.
 STREAM_STEPS = 4
@@ -40,18 +42,22 @@ class QwenMoe:
         folder: where it was loaded from.
         skipped: families of tensors in the checkpoint that text generation does not use, with their
             number (the vision tower, multi-token prediction).
+        layout: how it lies on its mesh, with the shared expert's mode that "auto" picked; None on one device.
+        read_bytes: bytes of weights that this process read from files.
     """
 
-    def __init__(self, loaded: Loaded, folder: Path, backend: str):
-        decoder = loaded.decoder
+    def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None):
+        decoder = loaded.forward.decoder
         self.config: ModelConfig = decoder.config
         self.dtype: jnp.dtype = decoder.dtypes.compute
         self.tokenizer = Tokenizer.from_folder(folder)
         self.chat_template = ChatTemplate.from_folder(folder)
         self.folder = folder
         self.skipped = loaded.skipped
-        self.engine = Engine(decoder, backend)
-        self._decoder = decoder
+        self.layout = layout
+        self.read_bytes = loaded.read_bytes
+        self.engine = Engine(loaded.forward)
+        self._parameters = loaded.forward.parameters
         self._eos_ids = loaded.eos_token_ids
         if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self._eos_ids = (self.tokenizer.eos_token_id,)
@@ -62,16 +68,31 @@ class QwenMoe:
         path: str | Path,
         *,
         dtype: Any = "auto",
+        mesh: Mesh | None = None,
+        shared_expert: str = "auto",
+        expert_dispatch: str = "psum",
+        exact: bool = False,
+        attention: str = "tensor",
         progress: bool = False,
         compilation_cache: str | Path | None = "auto",
     ) -> "QwenMoe":
-        """Loads a checkpoint onto the default device.
+        """Loads a checkpoint onto the default device or a mesh.
 
         Args:
             path: a local folder in Hugging Face or Orbax layout, or a hub id where huggingface_hub is
                 installed and can reach it.
             dtype: jnp.float32, jnp.bfloat16, or "auto" for the checkpoint's own. On CPU large matrices
                 are held in float32 either way (see `model/linear.py`); the results are the dtype's.
+            mesh: from `make_mesh`; None means the default device.
+            shared_expert: how the shared expert is divided: "prescaled", "outside", "sharded", "fused" (see
+                `parallel/expert_dispatch.py`), or "auto", which measures them on this mesh and takes the
+                fastest; `model.layout.shared_expert` says which.
+            expert_dispatch: "psum" (every rank of the expert axis sees every token) or "all_to_all" (tokens
+                are sent to the ranks of their experts).
+            exact: logits equal bit by bit for every size of the expert axis, at the price that attention is
+                not divided along it and that the experts' sum moves top_k times the bytes.
+            attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
+                and vocabulary) or "data" (other rows of the batch).
             progress: shows a bar on stderr.
             compilation_cache: where compiled programs are kept for the next process: "auto" (a folder in
                 the user's cache), a folder, or None to keep none.
@@ -80,14 +101,24 @@ class QwenMoe:
             CheckpointNotFoundError: no such folder, or a file in it is missing.
             CheckpointError: the checkpoint is damaged or does not fit its configuration.
             ConfigError: config.json asks for something that is not implemented.
-            InputError: another dtype.
+            InputError: another dtype, or a layout that does not exist.
         """
         folder = resolve_folder(path)
         config = ModelConfig.from_file(folder)
         enable_compilation_cache(compilation_cache)
         backend = jax.default_backend()
         compute = compute_dtype(dtype, folder, config)
-        return cls(load_decoder(folder, config, compute, backend, progress), folder, backend)
+        layout = choose_layout(
+            config,
+            mesh,
+            compute=compute,
+            backend=backend,
+            shared_expert=shared_expert,
+            expert_dispatch=expert_dispatch,
+            exact=exact,
+            attention=attention,
+        )
+        return cls(load_forward(folder, config, compute, backend, progress, layout), folder, layout)
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
         """Next-token logits of every position.
@@ -187,15 +218,15 @@ class QwenMoe:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template."""
-        write_safetensors(
-            path, named_parameters(self._decoder), self.config, dtype=self.dtype, extra_files_from=self.folder
-        )
+        write_safetensors(path, self._stored(), self.config, dtype=self.dtype, extra_files_from=self.folder)
 
     def save_orbax(self, path: str | Path) -> None:
         """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template."""
-        save_orbax(
-            path, named_parameters(self._decoder), self.config, dtype=self.dtype, extra_files_from=self.folder
-        )
+        save_orbax(path, self._stored(), self.config, dtype=self.dtype, extra_files_from=self.folder)
+
+    def _stored(self) -> Any:
+        """The parameters as a checkpoint has them."""
+        return self._parameters if self.layout is None else self.layout.stored(self._parameters)
 
     def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
         if config is not None and not isinstance(config, GenerationConfig):

@@ -11,15 +11,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.generation.batching import right_pad
-from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan, choose_tokens, step_keys
+from qwen_moe_jax.generation.forward import Forward
+from qwen_moe_jax.generation.sampling import (
+    SamplingParams,
+    SamplingPlan,
+    choose_tokens,
+    row_keys,
+    step_keys,
+)
 from qwen_moe_jax.generation.shapes import cache_capacity, chunk_length, chunk_spans
-from qwen_moe_jax.model.cache import HybridCache, empty_cache
-from qwen_moe_jax.model.decoder import Decoder
-from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.cache import HybridCache
 
 BLOCK_STEPS = 16  # most decode steps in one device call
 
@@ -30,7 +34,8 @@ class Sampler:
     """What choosing tokens needs, one entry a row; constant during a generation."""
 
     params: SamplingParams
-    keys: jax.Array  # [batch] PRNG keys
+    seeds: jax.Array  # [batch] uint32, of each row's prompt
+    sequence_index: jax.Array  # [batch] uint32, each row's number among its prompt's sequences
     eos_ids: jax.Array  # [n] int32, shared by all rows
     prompt_mask: jax.Array | None  # [batch, vocab] bool: token occurs in the prompt (penalties only)
 
@@ -58,23 +63,30 @@ class Block:
 
 
 class Engine:
-    """The compiled functions of one decoder, and the host loops that feed them."""
+    """The compiled functions of one model, and the host loops that feed them.
 
-    def __init__(self, decoder: Decoder, backend: str):
-        self.config = decoder.config
-        self._graph, self._params = nnx.split(decoder)
-        self._conv_dtype = decoder.dtypes.compute
-        # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.
-        self._kv_dtype = held_dtype(decoder.dtypes.compute, backend)
-        graph = self._graph
-        self._prefill = jax.jit(partial(_prefill, graph), donate_argnames=("cache", "last_hidden"))
-        self._forward = jax.jit(partial(_forward, graph), donate_argnames=("cache",))
-        self._first = jax.jit(partial(_first, graph), static_argnames="plan", donate_argnames=("cache",))
-        self._decode = jax.jit(partial(_decode, graph), static_argnames="plan", donate_argnames=("state",))
+    Batches are padded with rows without tokens to what the forward's devices divide evenly; the padding
+    stays in every result that is an array, behind the rows asked for.
+    """
+
+    def __init__(self, forward: Forward):
+        self.config = forward.decoder.config
+        self._params = forward.parameters
+        self._hidden_dtype = forward.decoder.dtypes.compute
+        self._model = forward
+        self._prefill = jax.jit(partial(_prefill, forward), donate_argnames=("cache", "last_hidden"))
+        self._forward = jax.jit(partial(_forward, forward), donate_argnames=("cache",))
+        self._first = jax.jit(partial(_first, forward), static_argnames="plan", donate_argnames=("cache",))
+        self._decode = jax.jit(partial(_decode, forward), static_argnames="plan", donate_argnames=("state",))
+        self._repeat = jax.jit(_repeat, static_argnames="copies")
+
+    def padded(self, rows: int) -> int:
+        """The number of rows that a batch of `rows` is computed with."""
+        return -(-rows // self._model.batch_multiple) * self._model.batch_multiple
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache for `batch` rows of `capacity` tokens."""
-        return empty_cache(self.config, batch, capacity, self._kv_dtype, self._conv_dtype)
+        return self._model.new_cache(batch, capacity)
 
     def forward(
         self, tokens: jax.Array | np.ndarray, valid: jax.Array | np.ndarray, cache: HybridCache
@@ -99,9 +111,10 @@ class Engine:
 
         Yields:
             (start, float32 [batch, length, vocab]): the logits of positions start .. start + length - 1;
-            those behind a row's end mean nothing.
+            those behind a row's end, and rows behind the last, mean nothing.
         """
         longest = max(map(len, rows))
+        rows = self._pad(rows)
         cache = self.new_cache(len(rows), cache_capacity(longest))
         for start, tokens, valid in _chunks(rows):
             chunk, cache = self.forward(tokens, valid, cache)
@@ -117,13 +130,23 @@ class Engine:
         Returns:
             (cache, the hidden state of each row's last token [batch, hidden]).
         """
+        rows = self._pad(rows)
         cache = self.new_cache(len(rows), cache_capacity(max(map(len, rows)) + room))
-        last = jnp.zeros((len(rows), self.config.hidden_size), self._conv_dtype)
+        last = np.zeros((len(rows), self.config.hidden_size), self._hidden_dtype)
         for _, tokens, valid in _chunks(rows):
             cache, last = self._prefill(
                 self._params, cache=cache, last_hidden=last, tokens=tokens, valid=valid
             )
         return cache, last
+
+    def repeat(
+        self, cache: HybridCache, last_hidden: jax.Array, copies: int
+    ) -> tuple[HybridCache, jax.Array]:
+        """Every row `copies` times, the copies of a row next to each other."""
+        return self._repeat((cache, last_hidden), copies=copies)
+
+    def _pad(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        return rows + [np.zeros(0, np.int32)] * (self.padded(len(rows)) - len(rows))
 
     def first(
         self, cache: HybridCache, last_hidden: jax.Array, sampler: Sampler, plan: SamplingPlan
@@ -146,8 +169,12 @@ def _chunks(rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarra
         yield start, *right_pad([row[start : start + length] for row in rows], length)
 
 
-def _prefill(graph, params, *, cache, last_hidden, tokens, valid):
-    hidden, cache = nnx.merge(graph, params)(tokens, valid, cache)
+def _repeat(tree, *, copies: int):
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
+
+
+def _prefill(model: Forward, params, *, cache, last_hidden, tokens, valid):
+    hidden, cache = model.hidden(params, tokens, valid, cache)
     count = valid.sum(axis=1)
     index = jnp.maximum(count - 1, 0)[:, None, None]
     last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
@@ -155,10 +182,9 @@ def _prefill(graph, params, *, cache, last_hidden, tokens, valid):
     return cache, jnp.where(count[:, None] > 0, last, last_hidden)
 
 
-def _forward(graph, params, *, cache, tokens, valid):
-    decoder = nnx.merge(graph, params)
-    hidden, cache = decoder(tokens, valid, cache)
-    return decoder.logits(hidden), cache
+def _forward(model: Forward, params, *, cache, tokens, valid):
+    hidden, cache = model.hidden(params, tokens, valid, cache)
+    return model.everywhere(model.logits(params, hidden)), cache
 
 
 def _choose(logits, state: DecodeState, sampler: Sampler, plan: SamplingPlan):
@@ -167,7 +193,7 @@ def _choose(logits, state: DecodeState, sampler: Sampler, plan: SamplingPlan):
         logits,
         sampler.params,
         plan,
-        step_keys(sampler.keys, state.emitted),
+        step_keys(row_keys(sampler.seeds, sampler.sequence_index), state.emitted),
         sampler.prompt_mask,
         state.counts,
     )
@@ -186,7 +212,7 @@ def _choose(logits, state: DecodeState, sampler: Sampler, plan: SamplingPlan):
     return state, logprobs
 
 
-def _first(graph, params, *, cache, last_hidden, sampler: Sampler, plan: SamplingPlan):
+def _first(model: Forward, params, *, cache, last_hidden, sampler: Sampler, plan: SamplingPlan):
     batch = last_hidden.shape[0]
     counts = None
     if sampler.prompt_mask is not None:
@@ -198,14 +224,13 @@ def _first(graph, params, *, cache, last_hidden, sampler: Sampler, plan: Samplin
         emitted=jnp.zeros(batch, jnp.int32),
         counts=counts,
     )
-    logits = nnx.merge(graph, params).logits(last_hidden)
+    logits = model.logits(params, last_hidden)
     state, logprobs = _choose(logits, state, sampler, plan)
     block = Block(tokens=state.token[:, None], logprobs=logprobs[:, None], count=state.emitted)
-    return state, block
+    return state, model.everywhere(block)
 
 
-def _decode(graph, params, *, state: DecodeState, sampler: Sampler, steps, plan: SamplingPlan):
-    decoder = nnx.merge(graph, params)
+def _decode(model: Forward, params, *, state: DecodeState, sampler: Sampler, steps, plan: SamplingPlan):
     batch = state.token.shape[0]
     before = state.emitted
 
@@ -216,9 +241,9 @@ def _decode(graph, params, *, state: DecodeState, sampler: Sampler, steps, plan:
     def one_step(carry):
         step, state, tokens, logprobs = carry
         # a finished row feeds a pad: its cache stands still
-        hidden, cache = decoder(state.token[:, None], ~state.finished[:, None], state.cache)
+        hidden, cache = model.hidden(params, state.token[:, None], ~state.finished[:, None], state.cache)
         state = dataclasses.replace(state, cache=cache)
-        state, logprob = _choose(decoder.logits(hidden[:, 0]), state, sampler, plan)
+        state, logprob = _choose(model.logits(params, hidden[:, 0]), state, sampler, plan)
         tokens = lax.dynamic_update_index_in_dim(tokens, state.token, step, axis=1)
         logprobs = lax.dynamic_update_index_in_dim(logprobs, logprob, step, axis=1)
         return step + 1, state, tokens, logprobs
@@ -230,4 +255,4 @@ def _decode(graph, params, *, state: DecodeState, sampler: Sampler, steps, plan:
         jnp.zeros((batch, BLOCK_STEPS), jnp.float32),
     )
     _, state, tokens, logprobs = lax.while_loop(unfinished, one_step, start)
-    return state, Block(tokens=tokens, logprobs=logprobs, count=state.emitted - before)
+    return state, model.everywhere(Block(tokens=tokens, logprobs=logprobs, count=state.emitted - before))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import is_matrix
-from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax
-from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_parameters
+from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax_targets
+from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_targets
+from qwen_moe_jax.checkpoint.targets import Target, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, InputError
-from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
+from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
+from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.forward import MeshForward
+from qwen_moe_jax.parallel.layout import Layout
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -77,57 +82,90 @@ def compute_dtype(requested: Any, folder: Path, config: ModelConfig) -> jnp.dtyp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A decoder and what was found beside its weights.
+    """A model's functions with its parameters, and what was found beside its weights.
 
     Attributes:
-        decoder: filled.
+        forward: on one device or a mesh.
         eos_token_ids: every id that ends a text, from config.json and generation_config.json.
         skipped: families of tensors that the checkpoint holds and text generation does not use.
+        read_bytes: bytes of weights that this process read from files.
     """
 
-    decoder: Decoder
+    forward: Forward
     eos_token_ids: tuple[int, ...]
     skipped: dict[str, int]
+    read_bytes: int
 
 
-def load_decoder(
-    folder: Path, config: ModelConfig, compute: jnp.dtype, backend: str, progress: bool
+def load_forward(
+    folder: Path,
+    config: ModelConfig,
+    compute: jnp.dtype,
+    backend: str,
+    progress: bool,
+    layout: Layout | None = None,
 ) -> Loaded:
-    """Reads a checkpoint in Hugging Face or Orbax layout into a decoder.
+    """Reads a checkpoint in Hugging Face or Orbax layout.
+
+    Args:
+        folder: of the checkpoint.
+        config: read from it.
+        compute: the dtype to compute in.
+        backend: the platform it is compiled for.
+        progress: show a bar.
+        layout: None means the default device.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or does not fit its configuration.
     """
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
-    decoder = abstract_decoder(config, policy, backend)
-    expected = named_parameters(decoder)
-    if is_orbax(folder):
-        parameters, skipped = read_orbax(folder, expected, progress=progress), {}
+    if layout is None:
+        decoder = abstract_decoder(config, policy, backend)
+        targets = {name: whole(name, struct) for name, struct in named_parameters(decoder).items()}
+        parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
+        forward: Forward = OneDeviceForward(with_parameters(decoder, parameters), backend)
     else:
-        parameters, report = read_parameters(folder, expected, progress=progress)
-        skipped = dict(report.skipped)
-    if policy.matrix != compute:
-        # A wider checkpoint is rounded to the dtype that was asked for; held values stay exact.
-        for name, value in parameters.items():
-            if is_matrix(name):
-                parameters[name] = _round_to(value, compute)
+        targets = layout.targets(policy)
+        parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
+        forward = MeshForward(layout, policy, backend, parameters)
     return Loaded(
-        decoder=with_parameters(decoder, parameters),
+        forward=forward,
         eos_token_ids=_eos_ids(folder, config),
         skipped=skipped,
+        read_bytes=read_bytes,
     )
 
 
-@jax.jit
-def _representable(value: jax.Array) -> jax.Array:
-    # bfloat16 is the upper half of a float32
-    return ((jax.lax.bitcast_convert_type(value, jnp.uint32) & 0xFFFF) == 0).all()
+def read_weights(
+    folder: Path,
+    config: ModelConfig,
+    policy: DtypePolicy,
+    targets: Mapping[str, Target],
+    progress: bool = False,
+) -> tuple[dict[str, jax.Array], dict[str, int], int]:
+    """Reads targets, with the values that `policy` asks for.
+
+    Returns:
+        (name -> array, skipped families, bytes of weights read).
+    """
+    shapes = parameter_shapes(config)
+    if is_orbax(folder):
+        parameters, report = read_orbax_targets(folder, targets, shapes, progress=progress)
+    else:
+        parameters, report = read_targets(folder, targets, shapes, progress=progress)
+    wide = any(d.itemsize > policy.compute.itemsize for name, d in report.dtypes.items() if is_matrix(name))
+    if wide and policy.matrix != policy.compute:
+        # A wider checkpoint is rounded to the dtype that was asked for; held values stay exact.
+        for name, value in parameters.items():
+            if is_matrix(name):
+                parameters[name] = _rounded(value, policy.compute)
+    return parameters, dict(report.skipped), report.read_bytes
 
 
-def _round_to(value: jax.Array, compute: jnp.dtype) -> jax.Array:
-    if compute != jnp.bfloat16 or bool(_representable(value)):
-        return value
-    return jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+def _rounded(value: jax.Array, compute: jnp.dtype) -> jax.Array:
+    """float32 values rounded to those of the compute dtype, where they lie."""
+    info = jnp.finfo(compute)
+    return jax.lax.reduce_precision(value, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
 def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:

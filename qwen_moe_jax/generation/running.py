@@ -3,15 +3,15 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.generation.engine import Block, Engine, Sampler
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.results import Piece
-from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan, row_keys
+from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 from qwen_moe_jax.generation.stopping import Row
 
 
@@ -42,21 +42,25 @@ class Generation:
         self._sampler = self._make_sampler(eos_ids)
 
     def _make_sampler(self, eos_ids: Sequence[int]) -> Sampler:
+        # Host arrays: any process gives the same ones to its devices.
         copies = self._config.num_return_sequences
-        seeds = np.repeat(np.asarray(self._config.seeds(len(self._prompts)), np.uint32), copies)
+        prompts = self._engine.padded(len(self._prompts))
+        seeds = np.zeros(prompts, np.uint32)
+        seeds[: len(self._prompts)] = self._config.seeds(len(self._prompts))
         mask = None
         if self._plan.needs_penalties:
-            mask = np.zeros((len(self._prompts), self._engine.config.vocab_size), bool)
-            for row, prompt in zip(mask, self._prompts, strict=True):
+            mask = np.zeros((prompts, self._engine.config.vocab_size), bool)
+            for row, prompt in zip(mask, self._prompts, strict=False):
                 row[prompt] = True
-            mask = jnp.asarray(np.repeat(mask, copies, axis=0))
-        return Sampler(
-            params=SamplingParams.of(self._config, len(self.rows)),
-            keys=_row_keys(seeds, np.tile(np.arange(copies, dtype=np.uint32), len(self._prompts))),
+            mask = np.repeat(mask, copies, axis=0)
+        arrays: dict[str, Any] = {
+            "seeds": np.repeat(seeds, copies),
+            "sequence_index": np.tile(np.arange(copies, dtype=np.uint32), prompts),
             # an id that no token has stands for "none", so that the shape never is [0]
-            eos_ids=jnp.asarray(tuple(eos_ids) or (-1,), jnp.int32),
-            prompt_mask=mask,
-        )
+            "eos_ids": np.asarray(tuple(eos_ids) or (-1,), np.int32),
+            "prompt_mask": mask,
+        }
+        return Sampler(params=SamplingParams.of(self._config, prompts * copies), **arrays)
 
     def steps(self, block_steps: int) -> Iterator[tuple[int, Piece]]:
         """Generates, yielding (row, piece) for every token.
@@ -68,7 +72,7 @@ class Generation:
         cache, last_hidden = self._engine.prefill(self._prompts, self._config.max_new_tokens)
         copies = self._config.num_return_sequences
         if copies > 1:
-            cache, last_hidden = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), (cache, last_hidden))
+            cache, last_hidden = self._engine.repeat(cache, last_hidden, copies)
         state, block = self._engine.first(cache, last_hidden, self._sampler, self._plan)
         block = jax.device_get(block)
         self.prefilled_at = time.perf_counter()
@@ -78,8 +82,9 @@ class Generation:
             longest = max(len(row.tokens) for row in self.rows)
             steps = min(block_steps, self._config.max_new_tokens - longest)
             # the host knows of stop strings, which the device does not
-            finished = np.array([row.finish_reason is not None for row in self.rows])
-            state = dataclasses.replace(state, finished=jnp.asarray(finished))
+            finished: Any = np.ones(state.finished.shape, bool)  # rows behind ours hold no prompt
+            finished[: len(self.rows)] = [row.finish_reason is not None for row in self.rows]
+            state = dataclasses.replace(state, finished=finished)
             state, block = self._engine.decode(state, self._sampler, self._plan, steps)
             yield from self._absorb(jax.device_get(block))
 
@@ -97,6 +102,3 @@ class Generation:
                     index,
                     Piece(text=text, token_id=token, logprob=logprob, finish_reason=row.finish_reason),
                 )
-
-
-_row_keys = jax.jit(row_keys)

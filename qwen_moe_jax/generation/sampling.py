@@ -122,8 +122,9 @@ def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
     probabilities = jax.nn.softmax(ranked, axis=-1)
     keep = probabilities >= params.min_p[:, None] * probabilities[:, :1]
     ranked = jnp.where(keep.at[:, 0].set(True), ranked, -jnp.inf)
-    place = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(ranked, place, axis=-1)
+    # Back to the tokens' places by a scatter: a second sort would take a hundred times as long.
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros_like(ranked).at[rows, order].set(ranked, unique_indices=True)
 
 
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ def tail_bucket(tokens: int, chunk: int) -> int:
 def chunk_spans(longest: int, chunk: int) -> Iterator[tuple[int, int]]:
     """(start, padded length) of each chunk of a batch whose longest row has `longest` tokens."""
     for start in range(0, longest, chunk):
-        yield start, tail_bucket(longest - start, chunk) if longest - start < chunk else chunk
+        yield start, tail_bucket(longest - start, chunk)
 
 
 def cache_capacity(tokens: int) -> int:

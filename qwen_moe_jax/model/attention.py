@@ -14,7 +14,9 @@ from qwen_moe_jax.model.cache import KVCache
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
+from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.rotary import apply_rotary
+from qwen_moe_jax.model.varying import vary_like
 
 KEY_BLOCK = 256
 
@@ -71,10 +73,13 @@ def blockwise_attention(
         return new_top, total, output * correction + mixed
 
     # Every query sees slot 0, so after the first block the running maximum is finite.
-    start = (
-        jnp.full((batch, kv_heads, rows, 1), jnp.finfo(wide).min, wide),
-        jnp.zeros((batch, kv_heads, rows, 1), wide),
-        jnp.zeros((batch, kv_heads, rows, dim), wide),
+    start = tuple(
+        vary_like(x, query, key, value, positions)
+        for x in (
+            jnp.full((batch, kv_heads, rows, 1), jnp.finfo(wide).min, wide),
+            jnp.zeros((batch, kv_heads, rows, 1), wide),
+            jnp.zeros((batch, kv_heads, rows, dim), wide),
+        )
     )
     blocks = jnp.minimum(positions.max() // block + 1, -(-capacity // block))
     _, total, output = lax.fori_loop(0, blocks, one_block, start)
@@ -95,10 +100,14 @@ def append_keys(cache: KVCache, key: jax.Array, value: jax.Array, slots: jax.Arr
 
 
 class GatedAttention(nnx.Module):
-    """Parameters of one full-attention layer; `q_proj` rows are, per head, [query | gate]."""
+    """Parameters of one full-attention layer; `q_proj` rows are, per head, [query | gate].
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+    How many heads there are is read from the parameters: a rank may hold some of them.
+    """
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, ranks: Ranks):
         self.config = config
+        self.ranks = ranks
         hidden, dim = config.hidden_size, config.head_dim
         self.q_proj = Weight((config.num_attention_heads * 2 * dim, hidden), dtypes.matrix)
         self.k_proj = Weight((config.num_key_value_heads * dim, hidden), dtypes.matrix)
@@ -125,7 +134,8 @@ class GatedAttention(nnx.Module):
             cache: what came before.
 
         Returns:
-            (float32 [batch, seq, hidden], the cache with this call's valid tokens).
+            (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache with this call's
+            valid tokens).
         """
         batch, seq, _ = x.shape
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
@@ -141,4 +151,4 @@ class GatedAttention(nnx.Module):
         cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
         mixed = blockwise_attention(query, cache.k, cache.v, positions)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
-        return linear(mixed, self.o_proj.weight[...], jnp.float32), cache
+        return self.ranks.head_product(mixed, self.o_proj.weight[...]), cache

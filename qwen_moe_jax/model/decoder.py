@@ -15,6 +15,7 @@ from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
+from qwen_moe_jax.model.ranks import OneDevice, Ranks
 from qwen_moe_jax.model.rotary import rotary_tables
 
 
@@ -36,29 +37,43 @@ class Step:
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: token mixer, then mixture of experts."""
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, backend: str, kind: str):
+    def __init__(
+        self, config: ModelConfig, dtypes: DtypePolicy, backend: str, kind: str, ranks: Ranks, *, fused: bool
+    ):
         self.eps = config.rms_norm_eps
+        self.ranks = ranks
         self.compute = dtypes.compute
         self.input_layernorm = Weight((config.hidden_size,), dtypes.vector)
         if kind == FULL_ATTENTION:
-            self.self_attn = GatedAttention(config, dtypes)
+            self.self_attn = GatedAttention(config, dtypes, ranks)
         else:
-            self.linear_attn = GatedDeltaNet(config, dtypes)
+            self.linear_attn = GatedDeltaNet(config, dtypes, ranks)
         self.post_attention_layernorm = Weight((config.hidden_size,), dtypes.vector)
-        self.mlp = SparseMoe(config, dtypes, backend)
+        self.mlp = SparseMoe(config, dtypes, backend, ranks, fused=fused)
+
+    def mix(
+        self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
+    ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
+        """What attention or Gated DeltaNet adds to the residual stream x, and the cache after it."""
+        normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+        if isinstance(cache, KVCache):
+            part, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
+        else:
+            part, cache = self.linear_attn(normed, step.valid, cache)
+        return self.ranks.sum_heads(part), cache
+
+    def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """What the mixture of experts adds to the residual stream x."""
+        normed = rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
+        return self.mlp(normed, valid)
 
     def __call__(
         self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
     ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
         """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
-        normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
-        if isinstance(cache, KVCache):
-            mixed, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
-        else:
-            mixed, cache = self.linear_attn(normed, step.valid, cache)
+        mixed, cache = self.mix(x, step, cache)
         x = x + mixed
-        normed = rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
-        return x + self.mlp(normed, step.valid), cache
+        return x + self.feed(x, step.valid), cache
 
 
 class Decoder(nnx.Module):
@@ -67,7 +82,15 @@ class Decoder(nnx.Module):
     Its parameters' paths and shapes are those of a checkpoint, without the `model.` prefix.
     """
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, backend: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtypes: DtypePolicy,
+        backend: str,
+        ranks: Ranks = OneDevice(),  # noqa: B008  frozen
+        *,
+        fused: bool = False,
+    ):
         """Declares the parameters (build it under `nnx.eval_shape` to allocate nothing).
 
         Args:
@@ -75,11 +98,16 @@ class Decoder(nnx.Module):
             dtypes: what activations and weights are held in.
             backend: the platform the functions are compiled for ("cpu", "rocm", ...): it decides
                 which expert product is used, not what is computed.
+            ranks: who computes together.
+            fused: the shared expert is the last slot of the expert stacks.
         """
         self.config = config
         self.dtypes = dtypes
+        self.ranks = ranks
         self.embed_tokens = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
-        self.layers = nnx.List([DecoderLayer(config, dtypes, backend, kind) for kind in config.layer_types])
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtypes, backend, kind, ranks, fused=fused) for kind in config.layer_types]
+        )
         self.norm = Weight((config.hidden_size,), dtypes.vector)
         if not config.tie_word_embeddings:
             self.lm_head = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
@@ -104,14 +132,8 @@ class Decoder(nnx.Module):
             (hidden states after the final norm [batch, seq, hidden] in the compute dtype, the cache).
             Pads' hidden states mean nothing.
         """
-        positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        rotary = rotary_tables(self.config, positions if rope_positions is None else rope_positions)
-        step = Step(valid=valid, positions=positions, rotary=rotary)
-        # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
-        # each time would be the largest error of a bfloat16 model.
-        x = self.embed_tokens.weight[...][tokens].astype(jnp.float32)
-        # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
-        x = jnp.where(valid[..., None], x, 0)
+        step = self.step(valid, cache.length, rope_positions)
+        x = self.embed(tokens, valid)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)
@@ -121,15 +143,40 @@ class Decoder(nnx.Module):
             layers=tuple(layers), length=cache.length + valid.sum(axis=1, dtype=jnp.int32)
         )
 
+    def step(self, valid: jax.Array, length: jax.Array, rope_positions: jax.Array | None = None) -> Step:
+        """What the layers need to know of tokens that follow `length` [batch] others."""
+        positions = length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
+        rotary = rotary_tables(self.config, positions if rope_positions is None else rope_positions)
+        return Step(valid=valid, positions=positions, rotary=rotary)
+
+    def embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        """Token ids [batch, seq] -> the residual stream before the first layer, float32."""
+        # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
+        # each time would be the largest error of a bfloat16 model.
+        x = self.ranks.embed(self.embed_tokens.weight[...], tokens).astype(jnp.float32)
+        # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
+        return jnp.where(valid[..., None], x, 0)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], rounded to the compute dtype first."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return linear(hidden, head.weight[...]).astype(jnp.float32)
+        logits = linear(hidden, head.weight[...]).astype(jnp.float32)
+        return self.ranks.whole_vocabulary(logits)
 
 
-def abstract_decoder(config: ModelConfig, dtypes: DtypePolicy, backend: str) -> Decoder:
-    """A decoder whose parameters are shapes and dtypes only."""
-    return nnx.eval_shape(lambda: Decoder(config, dtypes, backend))
+def abstract_decoder(
+    config: ModelConfig,
+    dtypes: DtypePolicy,
+    backend: str,
+    ranks: Ranks = OneDevice(),  # noqa: B008  frozen
+    *,
+    fused: bool = False,
+) -> Decoder:
+    """A decoder whose parameters are shapes and dtypes only; arguments as `Decoder`'s.
+
+    The shapes are those of a whole checkpoint; `with_parameters` takes any rank's part of them.
+    """
+    return nnx.eval_shape(lambda: Decoder(config, dtypes, backend, ranks, fused=fused))
 
 
 def named_parameters(decoder: Decoder) -> dict[str, Any]:

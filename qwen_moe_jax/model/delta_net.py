@@ -14,6 +14,7 @@ from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
+from qwen_moe_jax.model.ranks import Ranks
 
 
 def causal_conv(
@@ -51,10 +52,14 @@ class DepthwiseConv(nnx.Module):
 
 
 class GatedDeltaNet(nnx.Module):
-    """Parameters of one linear-attention layer; `in_proj_qkv` rows are flat Q | K | V."""
+    """Parameters of one linear-attention layer; `in_proj_qkv` rows are flat Q | K | V.
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy):
+    How many heads there are is read from the parameters: a rank may hold some of them.
+    """
+
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, ranks: Ranks):
         self.config = config
+        self.ranks = ranks
         hidden, values = config.hidden_size, config.linear_num_value_heads
         self.in_proj_qkv = Weight((config.conv_channels, hidden), dtypes.matrix)
         self.in_proj_z = Weight((config.value_dim, hidden), dtypes.matrix)
@@ -77,9 +82,12 @@ class GatedDeltaNet(nnx.Module):
             cache: what came before.
 
         Returns:
-            (float32 [batch, seq, hidden], the cache after this call's valid tokens).
+            (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache after this call's
+            valid tokens).
         """
         c = self.config
+        value_heads = self.A_log[...].shape[0]
+        key_dim = (self.conv1d.weight[...].shape[0] - value_heads * c.linear_value_head_dim) // 2
         batch, seq, _ = x.shape
         heads = (batch, seq, -1)
         mixed, carried = causal_conv(
@@ -88,7 +96,7 @@ class GatedDeltaNet(nnx.Module):
             cache.conv,
             valid.sum(axis=1, dtype=jnp.int32),
         )
-        query, key, value = jnp.split(mixed, [c.key_dim, 2 * c.key_dim], axis=-1)
+        query, key, value = jnp.split(mixed, [key_dim, 2 * key_dim], axis=-1)
         query = l2_normalise(query.reshape(*heads, c.linear_key_head_dim)) * c.linear_key_head_dim**-0.5
         key = l2_normalise(key.reshape(*heads, c.linear_key_head_dim))
         value = value.reshape(*heads, c.linear_value_head_dim)
@@ -105,8 +113,8 @@ class GatedDeltaNet(nnx.Module):
         if seq == 1:
             output, state = delta_rule_step(
                 cache.state,
-                _repeat_heads(query[:, 0], c.linear_num_value_heads),
-                _repeat_heads(key[:, 0], c.linear_num_value_heads),
+                _repeat_heads(query[:, 0], value_heads),
+                _repeat_heads(key[:, 0], value_heads),
                 value[:, 0],
                 g[:, 0],
                 beta[:, 0],
@@ -117,7 +125,7 @@ class GatedDeltaNet(nnx.Module):
 
         gate = linear(x, self.in_proj_z.weight[...]).reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
-        out = linear(normed.reshape(batch, seq, -1), self.out_proj.weight[...], jnp.float32)
+        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.weight[...])
         return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
 
 

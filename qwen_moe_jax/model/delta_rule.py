@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.model.varying import vary_like
+
 CHUNK = 64
 _BLOCK = 16  # rows that the chunk's system is solved by at a time
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -166,7 +168,7 @@ def solve_unit_lower(system: jax.Array, wanted: jax.Array) -> jax.Array:
     """
     starts = range(0, system.shape[-1], _BLOCK)
     diagonal = jnp.stack([system[..., s : s + _BLOCK, s : s + _BLOCK] for s in starts], axis=-3)
-    identity = jnp.broadcast_to(jnp.eye(_BLOCK, dtype=system.dtype), diagonal.shape)
+    identity = vary_like(jnp.broadcast_to(jnp.eye(_BLOCK, dtype=system.dtype), diagonal.shape), system)
 
     def one_row(row: int, inverse: jax.Array) -> jax.Array:
         # e_row minus its combination of the rows above; those below meet zeros

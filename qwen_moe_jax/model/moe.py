@@ -15,6 +15,7 @@ from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.model.experts import choose_experts
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
+from qwen_moe_jax.model.ranks import Ranks
 
 
 def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
@@ -67,31 +68,67 @@ class SharedExpert(nnx.Module):
 
 
 class SparseMoe(nnx.Module):
-    """Parameters of one mixture-of-experts layer."""
+    """Parameters of one mixture-of-experts layer.
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, backend: str):
+    With `fused`, the shared expert is the last slot of the expert stacks instead of a module of its own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtypes: DtypePolicy, backend: str, ranks: Ranks, *, fused: bool = False
+    ):
         self.config = config
         self.backend = backend
+        self.ranks = ranks
         self.gate = Weight((config.num_experts, config.hidden_size), dtypes.matrix)
         self.experts = Experts(config, dtypes)
-        self.shared_expert = SharedExpert(config, dtypes)
+        if not fused:
+            self.shared_expert = SharedExpert(config, dtypes)
         self.shared_expert_gate = Weight((1, config.hidden_size), dtypes.matrix)
 
-    def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """The routed sum, [tokens, hidden]; pads (valid [tokens] false) reach no expert and get zero."""
+    def choose(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which experts each token goes to: (ids int32, weights float32), each [tokens, top_k].
+
+        Pads (valid [tokens] false) go to none: their ids are num_experts.
+        """
         c = self.config
         # Router logits keep float32: rounded to bfloat16, near ties choose other experts.
         ids, weights = route(linear(x, self.gate.weight[...], jnp.float32), c.num_experts_per_tok)
-        ids = jnp.where(valid[:, None], ids, c.num_experts)
-        experts = choose_experts(self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok)
+        return jnp.where(valid[:, None], ids, c.num_experts), weights
+
+    def combine(
+        self, x: jax.Array, ids: jax.Array, weights: jax.Array, *, ranks: int = 1, by_slot: bool = False
+    ) -> jax.Array:
+        """The weighted outputs of the experts held here.
+
+        Args:
+            x: [tokens, hidden].
+            ids: [tokens, slots], rows of the stacks held here; their number means "none".
+            weights: float32 [tokens, slots].
+            ranks: how many ranks the experts are divided among.
+            by_slot: see below.
+
+        Returns:
+            float32 [tokens, hidden], the sum over slots; with by_slot [tokens, slots, hidden], not summed.
+        """
+        c = self.config
+        experts = choose_experts(
+            self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok, ranks=ranks, by_slot=by_slot
+        )
         return experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
 
+    def shared_weight(self, x: jax.Array) -> jax.Array:
+        """The shared expert's gate, float32 [tokens, 1]."""
+        return jax.nn.sigmoid(linear(x, self.shared_expert_gate.weight[...], jnp.float32))
+
+    def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """The routed sum on one device, float32 [tokens, hidden]; pads get zero."""
+        return self.combine(x, *self.choose(x, valid))
+
     def shared(self, x: jax.Array) -> jax.Array:
-        """The shared expert times its gate, float32 [tokens, hidden]."""
-        gate = linear(x, self.shared_expert_gate.weight[...], jnp.float32)
-        return jax.nn.sigmoid(gate) * self.shared_expert(x)
+        """The shared expert (its inner rows held here) times its gate, float32 [tokens, hidden]."""
+        return self.shared_weight(x) * self.shared_expert(x)
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""
         flat = x.reshape(-1, x.shape[-1])
-        return (self.routed(flat, valid.reshape(-1)) + self.shared(flat)).reshape(x.shape)
+        return self.ranks.mixture(self, flat, valid.reshape(-1)).reshape(x.shape)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from support.reference import parameters_float64
 
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_parameters
-from qwen_moe_jax.checkpoint.safetensors_files import read_elements, stored_tensors
+from qwen_moe_jax.checkpoint.safetensors_files import read_box, stored_tensors
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
@@ -140,12 +140,16 @@ def test_float32_held_as_bfloat16_is_rounded_to_nearest_even_and_reported(folder
     assert set(report.rounded) == {name for name, s in expected.items() if s.dtype == jnp.bfloat16}
 
 
-def test_elements_can_be_read_from_the_middle_of_a_tensor(folder):
+@pytest.mark.parametrize("box", [np.s_[2:5, 0:24], np.s_[0:9, 3:4], np.s_[1:2, 5:17], np.s_[0:0, 0:24]])
+def test_a_box_can_be_read_from_the_middle_of_a_tensor(folder, box):
     tensor = stored_tensors(folder)[Q_PROJ]
     weight = reference(UNTIED_SEED).state_dict()[Q_PROJ].numpy()
-    rows = np.empty((3, weight.shape[1]), np.float32)
-    assert read_elements(tensor, 2 * weight.shape[1], rows)
-    np.testing.assert_array_equal(rows, weight[2:5])
+    wanted = weight[box]
+    room = np.full((wanted.shape[0] + 2, wanted.shape[1] + 3), 7, np.float32)
+    assert read_box(tensor, box, room[1:-1, 2:-1])
+    np.testing.assert_array_equal(room[1:-1, 2:-1], wanted)
+    room[1:-1, 2:-1] = 7
+    assert (room == 7).all(), "nothing beside the box is written"
 
 
 def test_a_tensor_longer_than_a_piece_is_read_whole(tmp_path):

@@ -19,6 +19,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.model.moe import SparseMoe, gated_mlp, route
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.model.ranks import OneDevice
 
 HIDDEN, INNER, SHARED, EXPERTS, TOP_K, TOKENS = 24, 10, 14, 8, 3, 18
 CONFIG = ModelConfig.from_dict(
@@ -104,7 +105,7 @@ def block() -> Qwen3_5MoeSparseMoeBlock:
 @pytest.fixture(scope="module")
 def ours(block: Qwen3_5MoeSparseMoeBlock) -> SparseMoe:
     dtype = jnp.dtype(jnp.float32)
-    module = SparseMoe(CONFIG, DtypePolicy(compute=dtype, matrix=dtype), "cpu")
+    module = SparseMoe(CONFIG, DtypePolicy(compute=dtype, matrix=dtype), "cpu", OneDevice())
     for name, weight in block.named_parameters():
         target = module
         *path, leaf = name.split(".")

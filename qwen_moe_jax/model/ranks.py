@@ -1,0 +1,68 @@
+"""What the model asks of the ranks that run it together.
+
+On a mesh every rank runs the same model on the parameters it holds, and `parallel/` answers these
+questions with collectives. One device holds everything, and its answers are plain.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from qwen_moe_jax.model.linear import linear
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.model.moe import SparseMoe
+
+
+class Ranks(Protocol):
+    """The questions. Implementations are hashable, because they are part of the compiled program."""
+
+    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding [vocab, hidden] for int32 [batch, seq] -> [batch, seq, hidden]."""
+        ...
+
+    def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
+        """Logits over the rows of the output matrix held here -> over the vocabulary."""
+        ...
+
+    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The last product of a token mixer, whose contracted dimension are the heads held here.
+
+        [batch, seq, heads * dim] and [hidden, heads * dim] -> float32 [batch, seq, hidden], each rank's part.
+        """
+        ...
+
+    def sum_heads(self, part: jax.Array) -> jax.Array:
+        """The sum of every rank's `head_product`."""
+        ...
+
+    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
+        """The whole mixture of experts on [tokens, hidden], valid bool [tokens] -> float32 like x."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """The answers where one device holds everything."""
+
+    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """A lookup."""
+        return table[tokens]
+
+    def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
+        """The same."""
+        return logits
+
+    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """A product."""
+        return linear(x, weight, jnp.float32)
+
+    def sum_heads(self, part: jax.Array) -> jax.Array:
+        """The same."""
+        return part
+
+    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
+        """Routed and shared branch, each once."""
+        return moe.routed(x, valid) + moe.shared(x)

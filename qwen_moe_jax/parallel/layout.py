@@ -1,0 +1,349 @@
+"""Which rank holds what: one table of logical axes, and how each axis is divided on a mesh."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.targets import Box, Copy, Target
+from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
+from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, check_mesh
+from qwen_moe_jax.parallel.ranks import MeshRanks
+from qwen_moe_jax.parallel.splits import Section, Split, divide_heads
+
+SHARED_EXPERT_MODES = ("prescaled", "outside", "sharded", "fused")
+DISPATCHES = ("psum", "all_to_all")
+ATTENTION_MODES = ("tensor", "data")
+
+# The table: logical axis of each dimension of a parameter, by the end of its name; None is not divided.
+# Parameters that are not named (norms, router, shared expert's gate) are the same on every rank.
+_TABLE: dict[str, tuple[str | None, ...]] = {
+    "embed_tokens.weight": ("vocab", None),
+    "lm_head.weight": ("vocab", None),
+    "self_attn.q_proj.weight": ("query_gate", None),
+    "self_attn.k_proj.weight": ("kv", None),
+    "self_attn.v_proj.weight": ("kv", None),
+    "self_attn.o_proj.weight": (None, "query"),
+    "linear_attn.in_proj_qkv.weight": ("qkv", None),
+    "linear_attn.in_proj_z.weight": ("value", None),
+    "linear_attn.in_proj_b.weight": ("value_head", None),
+    "linear_attn.in_proj_a.weight": ("value_head", None),
+    "linear_attn.conv1d.weight": ("qkv", None, None),
+    "linear_attn.A_log": ("value_head",),
+    "linear_attn.dt_bias": ("value_head",),
+    "linear_attn.out_proj.weight": (None, "value"),
+    "mlp.experts.gate_up_proj": ("expert", "gate_up", None),
+    "mlp.experts.down_proj": ("expert", None, "inner"),
+    "mlp.shared_expert.gate_proj.weight": ("shared_inner", None),
+    "mlp.shared_expert.up_proj.weight": ("shared_inner", None),
+    "mlp.shared_expert.down_proj.weight": (None, "shared_inner"),
+}
+_ENDING = re.compile(r"(?:layers\.\d+\.)?(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model lies on a mesh.
+
+    Attributes:
+        config: of the whole model.
+        mesh: from `make_mesh`.
+        attention: what the expert axis is to attention, Gated DeltaNet and vocabulary: "tensor" (more head
+            shards) or "data" (other rows of the batch).
+        shared_expert: one of `SHARED_EXPERT_MODES`; see `parallel/expert_dispatch.py`.
+        expert_dispatch: "psum" or "all_to_all".
+        exact: logits do not depend on the size of the expert axis, bit by bit. Attention, Gated DeltaNet and
+            vocabulary are then the same on every rank of the expert axis.
+        ragged: all-to-all sends only the rows there are (`lax.ragged_all_to_all`), where the backend can.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    attention: str = "tensor"
+    shared_expert: str = "prescaled"
+    expert_dispatch: str = "psum"
+    exact: bool = False
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        check_mesh(self.mesh)
+        _check_choice("attention", self.attention, ATTENTION_MODES)
+        _check_choice("shared_expert", self.shared_expert, SHARED_EXPERT_MODES)
+        _check_choice("expert_dispatch", self.expert_dispatch, DISPATCHES)
+        if self.shared_expert == "fused":
+            check_fusable(self.config)
+        if self.exact:
+            self._check_exact()
+
+    def _check_exact(self) -> None:
+        for name, given, wanted in (
+            ("expert_dispatch", self.expert_dispatch, "psum"),
+            ("attention", self.attention, "tensor"),
+            ("shared_expert", self.shared_expert, "outside"),
+        ):
+            if given != wanted:
+                raise InputError(
+                    f"exact=True was given with {name}={given!r}, whose sums depend on the number of ranks; "
+                    f"expected {wanted!r}."
+                )
+
+    # Axes of the mesh that something is divided along; axes of one rank divide nothing.
+
+    def _real(self, *axes: str) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """What the rows of a batch are divided along."""
+        return self._real(DATA, EXPERT) if self.attention == "data" else self._real(DATA)
+
+    @property
+    def head_axes(self) -> tuple[str, ...]:
+        """What heads and vocabulary are divided along."""
+        if self.exact or self.attention == "data":
+            return self._real(TENSOR)
+        return self._real(EXPERT, TENSOR)
+
+    @property
+    def shared_axes(self) -> tuple[str, ...]:
+        """What the shared expert's inner rows are divided along."""
+        if self.shared_expert == "sharded" and self.expert_dispatch == "psum":
+            return self._real(EXPERT, TENSOR)
+        return self._real(TENSOR)
+
+    def ranks_along(self, axes: tuple[str, ...]) -> int:
+        """How many ranks there are along these axes."""
+        return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=np.int64))
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the number of rows of a batch must be a multiple of."""
+        return self.ranks_along(self.batch_axes)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Logical axis -> how it is divided."""
+        c = self.config
+        heads = self.ranks_along(self.head_axes)
+        attention = divide_heads(c.num_attention_heads, c.num_key_value_heads, heads)
+        delta = divide_heads(c.linear_num_value_heads, c.linear_num_key_heads, heads)
+
+        def queries(width: int) -> Section:
+            return Section(width, c.num_attention_heads, attention.queries, attention.query_starts)
+
+        def values(width: int) -> Section:
+            return Section(width, c.linear_num_value_heads, delta.queries, delta.query_starts)
+
+        kv = Section(c.head_dim, c.num_key_value_heads, attention.keys, attention.key_starts)
+        keys = Section(c.linear_key_head_dim, c.linear_num_key_heads, delta.keys, delta.key_starts)
+        tensor, experts = self._real(TENSOR), self._real(EXPERT)
+        inner = Section.even(c.moe_intermediate_size, self.ranks_along(tensor))
+        shared = Section.even(c.shared_expert_intermediate_size, self.ranks_along(self.shared_axes))
+        expert_sections = (Section.even(c.num_experts, self.ranks_along(experts)),)
+        if self.shared_expert == "fused":
+            # room for one more, which the shared expert fills
+            expert_sections += (Section(1, 0, 1, (0,) * self.ranks_along(experts)),)
+        return {
+            "vocab": Split(self.head_axes, (Section.even(c.vocab_size, heads),)),
+            "query_gate": Split(self.head_axes, (queries(2 * c.head_dim),)),
+            "query": Split(self.head_axes, (queries(c.head_dim),)),
+            "kv": Split(self.head_axes, (kv,)),
+            "qkv": Split(self.head_axes, (keys, keys, values(c.linear_value_head_dim))),
+            "value": Split(self.head_axes, (values(c.linear_value_head_dim),)),
+            "value_head": Split(self.head_axes, (values(1),)),
+            "expert": Split(experts, expert_sections),
+            "gate_up": Split(tensor, (inner, inner)),
+            "inner": Split(tensor, (inner,)),
+            "shared_inner": Split(self.shared_axes, (shared,)),
+        }
+
+    def ranks(self) -> MeshRanks:
+        """What the model asks each rank."""
+        return MeshRanks(
+            head_axes=self.head_axes,
+            expert_axes=self._real(EXPERT),
+            tensor_axes=self._real(TENSOR),
+            shared_axes=self.shared_axes,
+            expert_ranks=self.mesh.shape[EXPERT],
+            experts_held=self.splits["expert"].sections[0].held,
+            vocab_held=self.splits["vocab"].local_size,
+            vocab_size=self.config.vocab_size,
+            shared_expert=self.shared_expert,
+            expert_dispatch=self.expert_dispatch,
+            tokens_divided=EXPERT in self.batch_axes,
+            exact=self.exact,
+            ragged=self.ragged,
+        )
+
+    def dimensions(self, name: str, rank: int) -> tuple[Split | None, ...]:
+        """How each of a parameter's dimensions is divided.
+
+        Args:
+            name: canonical.
+            rank: its number of dimensions.
+        """
+        ending = _ENDING.fullmatch(name)
+        axes = _TABLE.get(ending.group(1) if ending else name, (None,) * rank)
+        return tuple(None if axis is None else self.splits[axis] for axis in axes)
+
+    def spec(self, name: str, rank: int) -> PartitionSpec:
+        """The mesh axes of each dimension of a parameter."""
+        return _spec(self.dimensions(name, rank))
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        """A sharding on this mesh."""
+        return NamedSharding(self.mesh, spec)
+
+    def targets(self, policy: DtypePolicy) -> dict[str, Target]:
+        """Every parameter as it is held on the mesh, by canonical name; fused, the shared expert is part of
+        the expert stacks and has no parameters of its own."""
+        targets = {}
+        for name, shape in parameter_shapes(self.config).items():
+            if self.shared_expert == "fused" and ".mlp.shared_expert." in name:
+                continue
+            dimensions = self.dimensions(name, len(shape))
+            held = tuple(
+                size if split is None else split.size for size, split in zip(shape, dimensions, strict=True)
+            )
+            struct = jax.ShapeDtypeStruct(
+                held,
+                policy.matrix if is_matrix(name) else policy.vector,
+                sharding=self.sharding(_spec(dimensions)),
+            )
+            targets[name] = Target(struct, _Copies(self, name, shape, dimensions))
+        return targets
+
+    def cache_specs(self) -> HybridCache:
+        """The mesh axes of every array of a cache."""
+        batch, heads = self.batch_axes or None, self.head_axes or None
+        kv = PartitionSpec(batch, None, heads, None)
+        layers: list[Any] = [
+            KVCache(k=kv, v=kv)
+            if kind == FULL_ATTENTION
+            else DeltaNetCache(
+                conv=PartitionSpec(batch, None, heads), state=PartitionSpec(batch, heads, None, None)
+            )
+            for kind in self.config.layer_types
+        ]
+        return HybridCache(layers=tuple(layers), length=PartitionSpec(batch))
+
+    def empty_cache(
+        self, batch: int, capacity: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
+    ) -> HybridCache:
+        """A cache that has seen nothing, every rank's heads behind one another. Arguments as
+        `model.cache.empty_cache`; to be called inside `jax.jit`."""
+        c, s = self.config, self.splits
+        kv = (batch, capacity, s["kv"].size // c.head_dim, c.head_dim)
+        conv = (batch, c.linear_conv_kernel_dim - 1, s["qkv"].size)
+        state = (batch, s["value_head"].size, c.linear_key_head_dim, c.linear_value_head_dim)
+        layers: list[Any] = [
+            KVCache(k=jnp.zeros(kv, kv_dtype), v=jnp.zeros(kv, kv_dtype))
+            if kind == FULL_ATTENTION
+            else DeltaNetCache(conv=jnp.zeros(conv, conv_dtype), state=jnp.zeros(state, jnp.float32))
+            for kind in c.layer_types
+        ]
+        return HybridCache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
+
+    def stored(self, parameters: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """The parameters as a checkpoint has them, from arrays that lie on this mesh; all of it on the host.
+
+        Raises:
+            InputError: another process holds some of them.
+        """
+        if jax.process_count() > 1:
+            raise InputError(
+                "the model lies on the devices of several processes; save it from a model loaded in one."
+            )
+        shapes = parameter_shapes(self.config)
+        matrix = parameters["embed_tokens.weight"].dtype
+        policy = DtypePolicy(compute=matrix, matrix=matrix)
+        hosts = {
+            name: np.zeros(shape, policy.matrix if is_matrix(name) else policy.vector)
+            for name, shape in shapes.items()
+        }
+        for name, target in self.targets(policy).items():
+            for shard in parameters[name].addressable_shards:
+                local = np.asarray(shard.data)
+                box = tuple(
+                    slice(*s.indices(n)[:2]) for s, n in zip(shard.index, target.struct.shape, strict=True)
+                )
+                for copy in target.copies(box):
+                    host = hosts[copy.source]
+                    host[copy.box] = local[copy.place].reshape(host[copy.box].shape)
+        return hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """What a slice of a parameter is made of."""
+
+    layout: Layout
+    name: str
+    shape: tuple[int, ...]
+    dimensions: tuple[Split | None, ...]
+
+    def __call__(self, index: Box) -> tuple[Copy, ...]:
+        ranks = tuple(
+            0 if split is None else s.start // split.local_size
+            for s, split in zip(index, self.dimensions, strict=True)
+        )
+        boxes: list[tuple[Box, Box]] = [((), ())]
+        for rank, split, size in zip(ranks, self.dimensions, self.shape, strict=True):
+            spans = [(slice(0, size), slice(0, size))] if split is None else list(split.spans(rank))
+            boxes = [((*a, stored), (*b, held)) for a, b in boxes for stored, held in spans]
+        copies = [Copy(self.name, stored, held) for stored, held in boxes]
+        if self.layout.shared_expert == "fused" and ".mlp.experts." in self.name:
+            copies += self._shared_slot(ranks)
+        return tuple(copies)
+
+    def _shared_slot(self, ranks: tuple[int, ...]) -> list[Copy]:
+        """The shared expert's matrices in the last slot of a rank's expert stack."""
+        splits, hidden = self.layout.splits, slice(0, self.layout.config.hidden_size)
+        slot = splits["expert"].local_size - 1
+        slot = slice(slot, slot + 1)
+        stack, projection = self.name.rsplit(".", 1)
+        shared = stack.removesuffix("experts") + "shared_expert."
+        inner = splits["inner"]
+        if projection == "down_proj":
+            return [
+                Copy(f"{shared}down_proj.weight", (hidden, stored), (slot, hidden, held))
+                for stored, held in inner.spans(ranks[2])
+            ]
+        return [
+            Copy(
+                f"{shared}{part}.weight",
+                (stored, hidden),
+                (slot, slice(held.start + offset, held.stop + offset), hidden),
+            )
+            for part, offset in (("gate_proj", 0), ("up_proj", inner.local_size))
+            for stored, held in inner.spans(ranks[1])
+        ]
+
+
+def _spec(dimensions: tuple[Split | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*(None if split is None else split.axes or None for split in dimensions))
+
+
+def _check_choice(what: str, given: Any, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise InputError(f"{what} is {given!r}; expected {', '.join(map(repr, choices))}.")
+
+
+def check_fusable(config: ModelConfig) -> None:
+    """Raises InputError unless the shared expert fits into a slot of the expert stacks."""
+    shared, routed = config.shared_expert_intermediate_size, config.moe_intermediate_size
+    if shared != routed:
+        raise InputError(
+            "shared_expert='fused' needs a shared expert as wide as the others, and this model's are "
+            f"{shared} and {routed} wide; use 'prescaled', 'outside', 'sharded' or 'auto'."
+        )

@@ -1,0 +1,73 @@
+"""The answers of one rank of a mesh to what the model asks (`model/ranks.py`)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_moe_jax.model.moe import SparseMoe
+from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture
+from qwen_moe_jax.parallel.partial_sums import Axes, as_part, gathered, product_part, total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshRanks:
+    """A rank's place in its layout; the same object on every rank.
+
+    Attributes:
+        head_axes: mesh axes that heads and vocabulary are divided along.
+        expert_axes: ("expert",), or () where one rank holds all experts.
+        tensor_axes: ("tensor",) or ().
+        shared_axes: what the shared expert's inner rows are divided along.
+        expert_ranks: size of the expert axis.
+        experts_held: routed experts that a rank has room for.
+        vocab_held: rows of the vocabulary that a rank has room for.
+        vocab_size: rows there are.
+        shared_expert, expert_dispatch, exact, ragged: as in `Layout`.
+        tokens_divided: ranks of the expert axis have different tokens.
+    """
+
+    head_axes: Axes
+    expert_axes: Axes
+    tensor_axes: Axes
+    shared_axes: Axes
+    expert_ranks: int
+    experts_held: int
+    vocab_held: int
+    vocab_size: int
+    shared_expert: str
+    expert_dispatch: str
+    tokens_divided: bool
+    exact: bool
+    ragged: bool
+
+    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Each token's row from the rank that holds it: one all-reduce, exact, since the others add zeros."""
+        if not self.head_axes:
+            return table[tokens]
+        row = tokens - lax.axis_index(self.head_axes) * self.vocab_held
+        here = (row >= 0) & (row < self.vocab_held)
+        found = table[jnp.clip(row, 0, self.vocab_held - 1)]
+        part = jnp.where(here[..., None], found.astype(jnp.float32), 0)
+        return total(as_part(part, self.head_axes), self.head_axes)
+
+    def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
+        """Every rank's logits behind one another: one all-gather."""
+        return gathered(logits, self.head_axes, logits.ndim - 1)[..., : self.vocab_size]
+
+    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The part of the heads held here, unreduced."""
+        return product_part(x, weight, self.head_axes)
+
+    def sum_heads(self, part: jax.Array) -> jax.Array:
+        """One all-reduce."""
+        return total(part, self.head_axes)
+
+    def mixture(self, moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """By the dispatch of the layout."""
+        if self.exact:
+            return exact_mixture(self, moe, x, valid)
+        if self.expert_dispatch == "all_to_all":
+            return all_to_all_mixture(self, moe, x, valid)
+        return psum_mixture(self, moe, x, valid)
