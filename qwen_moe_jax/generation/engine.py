@@ -7,6 +7,7 @@ decode loop runs on the device, several steps a call.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ class Engine:
         """
         rows = self._pad(rows)
         cache = self.new_cache(len(rows), cache_capacity(max(map(len, rows)) + room))
-        last = np.zeros((len(rows), self.config.hidden_size), self._hidden_dtype)
+        last: Any = np.zeros((len(rows), self.config.hidden_size), self._hidden_dtype)
         for _, tokens, valid in _chunks(rows):
             cache, last = self._prefill(
                 self._params, cache=cache, last_hidden=last, tokens=tokens, valid=valid

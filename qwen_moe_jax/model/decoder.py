@@ -1,7 +1,8 @@
 """The text model, top to bottom: embedding, decoder layers, final norm, output projection."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
 from qwen_moe_jax.model.ranks import OneDevice, Ranks
 from qwen_moe_jax.model.rotary import rotary_tables
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +191,9 @@ def named_parameters(decoder: Decoder) -> dict[str, Any]:
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 
 
-def with_parameters(decoder: Decoder, parameters: dict[str, jax.Array]) -> Decoder:
-    """The same decoder holding these arrays; the names must be exactly `named_parameters`'."""
-    graphdef, state = nnx.split(decoder)
+def with_parameters(module: Module, parameters: Mapping[str, jax.Array]) -> Module:
+    """The same decoder, or module of it, holding these arrays; the names must be those of its parameters."""
+    graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     filled = [(path, param.replace(parameters[".".join(map(str, path))])) for path, param in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -226,16 +226,15 @@ class Layout:
     def cache_specs(self) -> HybridCache:
         """The mesh axes of every array of a cache."""
         batch, heads = self.batch_axes or None, self.head_axes or None
-        kv = PartitionSpec(batch, None, heads, None)
-        layers: list[Any] = [
-            KVCache(k=kv, v=kv)
-            if kind == FULL_ATTENTION
-            else DeltaNetCache(
-                conv=PartitionSpec(batch, None, heads), state=PartitionSpec(batch, heads, None, None)
-            )
+        kv: Any = PartitionSpec(batch, None, heads, None)
+        conv: Any = PartitionSpec(batch, None, heads)
+        state: Any = PartitionSpec(batch, heads, None, None)
+        length: Any = PartitionSpec(batch)
+        layers = tuple(
+            KVCache(k=kv, v=kv) if kind == FULL_ATTENTION else DeltaNetCache(conv=conv, state=state)
             for kind in self.config.layer_types
-        ]
-        return HybridCache(layers=tuple(layers), length=PartitionSpec(batch))
+        )
+        return HybridCache(layers=layers, length=length)
 
     def empty_cache(
         self, batch: int, capacity: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype

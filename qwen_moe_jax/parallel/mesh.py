@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ AXES = (DATA, EXPERT, TENSOR)
 
 
 def make_mesh(
-    data: int = 1, expert: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int = 1, expert: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of data x expert x tensor devices; neighbours along `tensor` are neighbours in `devices`.
 
@@ -25,7 +26,7 @@ def make_mesh(
         data: groups of devices that each hold the whole model and other rows of the batch.
         expert: ranks that the experts are divided among.
         tensor: ranks that every head, expert and vocabulary row group is divided among.
-        devices: default all of them, in every process.
+        devices: of JAX, default all of them, in every process.
 
     Raises:
         InputError: a size that is not a positive integer, or other than exactly as many devices.

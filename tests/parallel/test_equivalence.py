@@ -1,0 +1,104 @@
+"""Every layout says what one device says: as close to the float64 truth, the same greedy tokens."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from support.configs import random_config
+from support.meshes import LARGEST_RATIO, factorisations, mesh_case, on_mesh, run
+
+MODES = ("prescaled", "outside", "sharded", "fused")
+DISPATCHES = ("psum", "all_to_all")
+
+# Two layers (Gated DeltaNet, attention) of 6 query heads on 3, 4 value heads on 1, 8 experts top-3 with a
+# shared one as wide, 67 tokens: next to nothing is divided evenly by 4 or 8.
+SEED = 22
+
+Layout = dict[str, Any]
+
+
+def layouts(sizes: tuple[int, ...]) -> list[Layout]:
+    """Every factorisation x mode x dispatch, and attention data parallelism where that is another layout."""
+    found = []
+    for devices, mode, dispatch in itertools.product(sizes, MODES, DISPATCHES):
+        for data, expert, tensor in factorisations(devices):
+            for attention in ("tensor", "data") if expert > 1 else ("tensor",):
+                found.append(
+                    {
+                        "data": data,
+                        "expert": expert,
+                        "tensor": tensor,
+                        "shared_expert": mode,
+                        "expert_dispatch": dispatch,
+                        "attention": attention,
+                    }
+                )
+    return found
+
+
+def name(layout: Layout) -> str:
+    sizes = "x".join(str(layout[axis]) for axis in ("data", "expert", "tensor"))
+    return f"{sizes}-{layout['shared_expert']}-{layout['expert_dispatch']}-{layout['attention']}"
+
+
+def check(seed: int, layout: Layout) -> None:
+    case = mesh_case(seed)
+    found = run(on_mesh(seed, **layout), case.rows)
+    assert found.tokens == case.one_device.tokens
+    assert case.ratio(found) <= LARGEST_RATIO
+
+
+# Each axis alone and together, every mode in both dispatches, attention data parallelism with tensor
+# parallelism inside (the layout that broke a peer), and meshes of 3 and 6 devices, which divide nothing
+# evenly.
+COVERING = [
+    (1, 2, 1, "prescaled", "psum", "tensor"),
+    (1, 2, 2, "sharded", "psum", "tensor"),
+    (1, 2, 2, "outside", "psum", "data"),
+    (1, 8, 1, "fused", "psum", "tensor"),
+    (2, 2, 2, "prescaled", "all_to_all", "tensor"),
+    (1, 4, 1, "sharded", "all_to_all", "tensor"),
+    (1, 2, 2, "outside", "all_to_all", "tensor"),
+    (1, 2, 2, "fused", "all_to_all", "data"),
+    (1, 2, 4, "prescaled", "psum", "data"),
+    (4, 1, 2, "sharded", "psum", "tensor"),
+    (1, 3, 1, "sharded", "psum", "tensor"),
+    (1, 2, 3, "outside", "all_to_all", "tensor"),
+]
+
+
+@pytest.mark.parametrize("layout", COVERING, ids=lambda parts: "-".join(map(str, parts)))
+def test_a_layout_equals_one_device(layout: tuple[Any, ...]) -> None:
+    keys = ("data", "expert", "tensor", "shared_expert", "expert_dispatch", "attention")
+    check(SEED, dict(zip(keys, layout, strict=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", layouts((1, 2, 4, 8)), ids=name)
+def test_every_layout_equals_one_device(layout: Layout) -> None:
+    check(SEED, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", layouts((3, 6))[::3], ids=name)
+def test_meshes_of_three_and_six_devices_equal_one_device(layout: Layout) -> None:
+    check(SEED, layout)
+
+
+def drawn(seed: int) -> Layout:
+    """A random layout for a seed's configuration."""
+    rng = np.random.default_rng(seed)
+    config = random_config(seed)
+    fusable = config["moe_intermediate_size"] == config["shared_expert_intermediate_size"]
+    choices = [
+        layout for layout in layouts((2, 3, 4, 5, 6, 7, 8)) if fusable or layout["shared_expert"] != "fused"
+    ]
+    return choices[rng.integers(len(choices))]
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=pytest.mark.slow if s > 5 else ()) for s in range(36)]
+)
+def test_random_configurations_on_random_layouts_equal_one_device(seed: int) -> None:
+    check(seed, drawn(seed))
