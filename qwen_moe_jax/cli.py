@@ -1,11 +1,14 @@
-"""The `qwen-moe-jax` command: generate, eval, inspect, convert.
+"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert.
 
-An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from.
+An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from. A
+layout that disagrees with one device is exit status 1.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (QwenMoeError, OSError) as error:
         if options.debug:
             raise
@@ -46,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +62,28 @@ def _parser() -> argparse.ArgumentParser:
         "--no-compilation-cache", action="store_true", help="keep no compiled programs for the next run"
     )
 
-    command = commands.add_parser("generate", parents=[common, loading], help="continue a prompt")
+    sizes = _Parser(add_help=False)
+    mesh = sizes.add_argument_group("mesh", "on a CPU, as many devices are pretended as the mesh needs")
+    for axis, meaning in (
+        ("data", "groups of devices with other rows of the batch"),
+        ("expert", "ranks that the experts are divided among"),
+        ("tensor", "ranks that heads, experts and vocabulary are divided among"),
+    ):
+        mesh.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{meaning} (default 1)")
+    mesh.add_argument("--attention", default="tensor", help="what --expert is to attention: tensor or data")
+    mesh.add_argument("--shared-expert", default="auto", help="auto, prescaled, outside, sharded or fused")
+    mesh.add_argument("--expert-dispatch", default="psum", help="psum or all_to_all")
+    mesh.add_argument("--exact", action="store_true", help="the same bits for every --expert")
+    several = _Parser(add_help=False)
+    group = several.add_argument_group(
+        "several processes", "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="N", help="this one's, from 0; 0 prints")
+    running = [common, loading, sizes, several]
+
+    command = commands.add_parser("generate", parents=running, help="continue a prompt")
     command.add_argument("prompt")
     command.add_argument("--model", required=True, help="checkpoint folder or hub id")
     command.add_argument(
@@ -74,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind)
     command.set_defaults(run=_generate)
 
-    command = commands.add_parser(
-        "eval", parents=[common, loading], help="accuracy on held-out word problems"
-    )
+    command = commands.add_parser("eval", parents=running, help="accuracy on held-out word problems")
     command.add_argument("--model", required=True, help="checkpoint folder or hub id")
     command.add_argument("--problems", type=int, default=500, help="how many (default 500)")
     command.add_argument("--batch-size", type=int, default=50)
@@ -87,7 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--show-mistakes", type=int, default=0, metavar="N", help="print the first N")
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("inspect", parents=[common], help="architecture, parameters and memory")
+    command = commands.add_parser(
+        "check", parents=running, help="compare a mesh with one device, layer by layer"
+    )
+    command.add_argument("path", help="checkpoint folder or hub id")
+    command.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    command.set_defaults(run=_check)
+
+    command = commands.add_parser(
+        "inspect", parents=[common, sizes], help="architecture, parameters and memory, also under a mesh"
+    )
     command.add_argument("path", help="checkpoint folder")
     command.add_argument("--context", type=int, help="tokens a sequence, for the cache sizes")
     command.set_defaults(run=_inspect)
@@ -101,7 +131,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(path: str, options: argparse.Namespace) -> Any:
+def _mesh(options: argparse.Namespace) -> Any:
+    """The mesh that the options ask for, or None; joins the other processes first."""
+    import jax
+
+    from qwen_moe_jax.parallel.mesh import make_mesh
+    from qwen_moe_jax.parallel.processes import start_processes
+
+    sizes = (options.data, options.expert, options.tensor)
+    processes = start_processes(options.coordinator, options.num_processes, options.process_id)
+    if min(sizes) > 0:
+        # Refused once devices are in use, as in a notebook: then those that there are have to do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", -(-prod(sizes) // processes))
+    return make_mesh(*sizes) if processes > 1 or sizes != (1, 1, 1) else None
+
+
+def _layout_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("shared_expert", "expert_dispatch", "exact", "attention")
+    return {name: getattr(options, name) for name in names}
+
+
+def _print(*text: Any, **how: Any) -> None:
+    """Prints, in the first of several processes."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(*text, **how)
+
+
+def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
     from qwen_moe_jax.generation.api import QwenMoe
 
     model = QwenMoe.from_pretrained(
@@ -109,9 +168,10 @@ def _load(path: str, options: argparse.Namespace) -> Any:
         dtype=options.dtype,
         progress=sys.stderr.isatty(),
         compilation_cache=None if options.no_compilation_cache else "auto",
+        **layout,
     )
     for family, count in model.skipped.items():
-        print(
+        _print(
             f"{count} tensors of {family} are not part of text generation and were not read.", file=sys.stderr
         )
     return model
@@ -124,7 +184,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise InputError("the prompt is empty; give the text to answer or continue.")
     given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS if getattr(options, name) is not None}
     config = GenerationConfig().override(**given, do_sample=options.do_sample, stop_strings=options.stop)
-    model = _load(options.model, options)
+    model = _load(options.model, options, mesh=_mesh(options), **_layout_options(options))
     chat = not options.raw and model.chat_template is not None
     if not chat and (options.system or options.no_thinking):
         raise InputError(
@@ -135,8 +195,8 @@ def _generate(options: argparse.Namespace) -> None:
         prompt = [{"role": "system", "content": options.system}] if options.system else []
         prompt.append({"role": "user", "content": options.prompt})
     for piece in model.stream(prompt, config, enable_thinking=False if options.no_thinking else None):
-        print(piece.text, end="", flush=True)
-    print()
+        _print(piece.text, end="", flush=True)
+    _print()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -151,24 +211,57 @@ def _evaluate(options: argparse.Namespace) -> None:
         problems = held_out(options.problems, options.seed, unseen_templates=options.unseen_templates)
     except ValueError as error:
         raise InputError(f"--problems is {options.problems}: {error}.") from None
-    model = _load(options.model, options)
+    model = _load(options.model, options, mesh=_mesh(options), **_layout_options(options))
     result = evaluate(model, problems, batch_size=options.batch_size, progress=True)
     kind = "templates never trained on" if options.unseen_templates else "seen templates with new numbers"
-    print(f"accuracy on {kind}: {result}")
+    _print(f"accuracy on {kind}: {result}")
     wrong = [
         (problem, text)
         for problem, text, answer in zip(problems, result.texts, result.answers, strict=True)
         if answer != problem.answer
     ]
     for problem, text in wrong[: options.show_mistakes]:
-        print(f"\n{problem.question}\n  expected: {problem.solution}\n  answered: {text}")
+        _print(f"\n{problem.question}\n  expected: {problem.solution}\n  answered: {text}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
     from qwen_moe_jax.generation.loading import resolve_folder
 
-    print(inspect_checkpoint(resolve_folder(options.path), context=options.context))
+    folder = resolve_folder(options.path)
+    summary = inspect_checkpoint(folder, context=options.context)
+    print(summary)
+    if (options.data, options.expert, options.tensor) != (1, 1, 1):
+        from qwen_moe_jax.parallel.memory import device_memory
+
+        sizes = (options.data, options.expert, options.tensor)
+        print(device_memory(summary.config, sizes, summary.context, **_layout_options(options)))
+
+
+def _check(options: argparse.Namespace) -> int:
+    import jax
+
+    from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
+    from qwen_moe_jax.generation.loading import compute_dtype, resolve_folder
+    from qwen_moe_jax.layout_check import check_layout
+    from qwen_moe_jax.parallel.choose import choose_layout
+
+    folder = resolve_folder(options.path)
+    config = ModelConfig.from_file(folder)
+    compute = compute_dtype(options.dtype, folder, config)
+    enable_compilation_cache(None if options.no_compilation_cache else "auto")
+    mesh = _mesh(options)
+    if mesh is None:
+        raise InputError(
+            "a mesh of one device has nothing to disagree with; give --data, --expert or --tensor."
+        )
+    backend = jax.default_backend()
+    layout = choose_layout(config, mesh, compute=compute, backend=backend, **_layout_options(options))
+    assert layout is not None  # there is a mesh
+    report = check_layout(folder, layout, compute, backend, seed=options.seed, progress=sys.stderr.isatty())
+    _print(report)
+    return 0 if report.ok else 1
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -94,25 +94,28 @@ class CheckpointSummary:
         if self.layout is None:
             lines = ["on disk            no weights in this folder, only config.json"]
         else:
-            parts = ", ".join(f"{_size(n)} of {dtype}" for dtype, n in self.stored_bytes.items())
+            parts = ", ".join(f"{size_in_words(n)} of {dtype}" for dtype, n in self.stored_bytes.items())
             lines = [f"on disk            {parts} ({self.layout})"]
         if self.skipped_bytes:
-            parts = ", ".join(f"{family} {_size(n)}" for family, n in self.skipped_bytes.items())
+            parts = ", ".join(f"{family} {size_in_words(n)}" for family, n in self.skipped_bytes.items())
             lines.append(f"  not loaded       {parts}")
-        loaded = " or ".join(f"{_size(n)} with {dtype} matrices" for dtype, n in self.loaded_bytes.items())
+        loaded = " or ".join(
+            f"{size_in_words(n)} with {dtype} matrices" for dtype, n in self.loaded_bytes.items()
+        )
         return [*lines, f"in memory          {loaded}"]
 
     def _caches(self) -> list[str]:
-        kv = " or ".join(f"{_size(n)} in {dtype}" for dtype, n in self.kv_bytes_per_token.items())
-        conv = " or ".join(f"{_size(n)} in {dtype}" for dtype, n in self.conv_bytes.items())
+        kv = " or ".join(f"{size_in_words(n)} in {dtype}" for dtype, n in self.kv_bytes_per_token.items())
+        conv = " or ".join(f"{size_in_words(n)} in {dtype}" for dtype, n in self.conv_bytes.items())
         fixed = {dtype: self.state_bytes + conv_bytes for dtype, conv_bytes in self.conv_bytes.items()}
         sequence = " or ".join(
-            f"{_size(self.context * n + fixed[dtype])} in {dtype}"
+            f"{size_in_words(self.context * n + fixed[dtype])} in {dtype}"
             for dtype, n in self.kv_bytes_per_token.items()
         )
         return [
             f"a token            {kv} of keys and values",
-            f"a sequence         {_size(self.state_bytes)} of recurrent state in float32, convolution {conv}",
+            f"a sequence         {size_in_words(self.state_bytes)} of recurrent state in float32, "
+            f"convolution {conv}",
             f"  of {self.context} tokens: {sequence}",
         ]
 
@@ -201,7 +204,8 @@ def _stored(
     return "safetensors", dict(stored), dict(skipped)
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """A number of bytes in a unit that suits it."""
     value, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

@@ -148,7 +148,7 @@ def read_orbax_targets(
         rounded=(),
         dtypes={name: np.dtype(array.dtype) for name, array in stored.items()},
     )
-    if all(target.as_stored for target in targets.values()):
+    if targets.keys() == shapes.keys() and all(target.as_stored for target in targets.values()):
         expected = {name: target.struct for name, target in targets.items()}
         return read_orbax(folder, expected, progress=progress), report
 

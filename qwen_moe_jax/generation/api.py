@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from qwen_moe_jax.generation.stopping import Row
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 from qwen_moe_jax.parallel.choose import choose_layout
 from qwen_moe_jax.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.layout_check import LayoutReport
 
 # Steps a device call while streaming: text appears this many tokens at a time.
 STREAM_STEPS = 4
@@ -227,6 +230,34 @@ class QwenMoe:
     def _stored(self) -> Any:
         """The parameters as a checkpoint has them."""
         return self._parameters if self.layout is None else self.layout.stored(self._parameters)
+
+    def check_layout(self, *, seed: int = 0, progress: bool = False) -> "LayoutReport":
+        """Compares the mesh with one device on random tokens, layer by layer and branch by branch.
+
+        The one device's weights are read from the checkpoint, a layer at a time.
+
+        Args:
+            seed: of the tokens.
+            progress: shows a bar on stderr.
+
+        Raises:
+            InputError: the model lies on one device.
+        """
+        from qwen_moe_jax.layout_check import check_layout
+
+        if self.layout is None:
+            raise InputError(
+                "the model lies on one device; load it with mesh=make_mesh(...) to check a layout."
+            )
+        return check_layout(
+            self.folder,
+            self.layout,
+            self.dtype,
+            jax.default_backend(),
+            parameters=self._parameters,
+            seed=seed,
+            progress=progress,
+        )
 
     def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
         if config is not None and not isinstance(config, GenerationConfig):

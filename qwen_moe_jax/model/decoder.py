@@ -67,8 +67,14 @@ class DecoderLayer(nnx.Module):
 
     def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """What the mixture of experts adds to the residual stream x."""
-        normed = rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
-        return self.mlp(normed, valid)
+        return self.mlp(self._normed_for_experts(x), valid)
+
+    def router_logits(self, x: jax.Array) -> jax.Array:
+        """By which the mixture of experts chooses, float32 [batch, seq, experts]."""
+        return self.mlp.router_logits(self._normed_for_experts(x))
+
+    def _normed_for_experts(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
 
     def __call__(
         self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
@@ -141,8 +147,7 @@ class Decoder(nnx.Module):
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
-        hidden = rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
-        return hidden, HybridCache(
+        return self.finish(x), HybridCache(
             layers=tuple(layers), length=cache.length + valid.sum(axis=1, dtype=jnp.int32)
         )
 
@@ -159,6 +164,10 @@ class Decoder(nnx.Module):
         x = self.ranks.embed(self.embed_tokens.weight[...], tokens).astype(jnp.float32)
         # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
         return jnp.where(valid[..., None], x, 0)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The residual stream behind the last layer -> hidden states, in the compute dtype."""
+        return rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], rounded to the compute dtype first."""

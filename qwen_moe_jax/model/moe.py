@@ -90,10 +90,12 @@ class SparseMoe(nnx.Module):
 
         Pads (valid [tokens] false) go to none: their ids are num_experts.
         """
-        c = self.config
-        # Router logits keep float32: rounded to bfloat16, near ties choose other experts.
-        ids, weights = route(linear(x, self.gate.weight[...], jnp.float32), c.num_experts_per_tok)
-        return jnp.where(valid[:, None], ids, c.num_experts), weights
+        ids, weights = route(self.router_logits(x), self.config.num_experts_per_tok)
+        return jnp.where(valid[:, None], ids, self.config.num_experts), weights
+
+    def router_logits(self, x: jax.Array) -> jax.Array:
+        """float32 [..., experts]: rounded to bfloat16, near ties would choose other experts."""
+        return linear(x, self.gate.weight[...], jnp.float32)
 
     def combine(
         self, x: jax.Array, ids: jax.Array, weights: jax.Array, *, ranks: int = 1, by_slot: bool = False

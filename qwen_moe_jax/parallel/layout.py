@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target
@@ -57,7 +57,7 @@ class Layout:
 
     Attributes:
         config: of the whole model.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh`, or only its shape, where nothing is computed.
         attention: what the expert axis is to attention, Gated DeltaNet and vocabulary: "tensor" (more head
             shards) or "data" (other rows of the batch).
         shared_expert: one of `SHARED_EXPERT_MODES`; see `parallel/expert_dispatch.py`.
@@ -68,7 +68,7 @@ class Layout:
     """
 
     config: ModelConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     attention: str = "tensor"
     shared_expert: str = "prescaled"
     expert_dispatch: str = "psum"
@@ -96,6 +96,15 @@ class Layout:
                     f"exact=True was given with {name}={given!r}, whose sums depend on the number of ranks; "
                     f"expected {wanted!r}."
                 )
+
+    def __str__(self) -> str:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        attention = "not divided over expert" if self.exact else f"over expert as {self.attention}"
+        exact = ", exact" if self.exact else ""
+        return (
+            f"mesh {sizes}: shared expert {self.shared_expert}, dispatch {self.expert_dispatch}, attention "
+            f"{attention}{exact}"
+        )
 
     # Axes of the mesh that something is divided along; axes of one rank divide nothing.
 

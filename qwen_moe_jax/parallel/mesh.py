@@ -5,16 +5,18 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from qwen_moe_jax.errors import InputError
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
 AXES = (DATA, EXPERT, TENSOR)
+
+AnyMesh = TypeVar("AnyMesh", bound=Mesh | AbstractMesh)
 
 
 def make_mesh(
@@ -31,10 +33,7 @@ def make_mesh(
     Raises:
         InputError: a size that is not a positive integer, or other than exactly as many devices.
     """
-    sizes = {DATA: data, EXPERT: expert, TENSOR: tensor}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise InputError(f"the mesh axis {name} is {size!r}; expected a positive integer.")
+    sizes = _checked(data, expert, tensor)
     wanted = prod(sizes.values())
     available = list(jax.devices() if devices is None else devices)
     shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
@@ -58,15 +57,32 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(mesh: Mesh) -> Mesh:
+def abstract_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """The shape of a mesh without devices, to calculate with.
+
+    Raises:
+        InputError: a size that is not a positive integer.
+    """
+    sizes = _checked(data, expert, tensor)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(mesh: AnyMesh) -> AnyMesh:
     """The mesh, if it has this library's axes.
 
     Raises:
         InputError: something else.
     """
-    if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
-        given = (
-            f"a mesh with axes {mesh.axis_names}" if isinstance(mesh, Mesh) else f"a {type(mesh).__name__}"
-        )
+    is_mesh = isinstance(mesh, (Mesh, AbstractMesh))
+    if not is_mesh or tuple(mesh.axis_names) != AXES:
+        given = f"a mesh with axes {mesh.axis_names}" if is_mesh else f"a {type(mesh).__name__}"
         raise InputError(f"mesh is {given}; expected one from make_mesh(data=, expert=, tensor=).")
     return mesh
+
+
+def _checked(data: Any, expert: Any, tensor: Any) -> dict[str, int]:
+    sizes = {DATA: data, EXPERT: expert, TENSOR: tensor}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise InputError(f"the mesh axis {name} is {size!r}; expected a positive integer.")
+    return sizes
