@@ -41,7 +41,7 @@ def psum_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Ar
     """
     own = x
     if ranks.tokens_divided:
-        x, valid = (gathered(part, ranks.expert_axes, 0) for part in (x, valid))
+        x, valid = _gathered_tokens(ranks, x, valid)
     ids, weights = moe.choose(x, valid)
     ids = _held_ids(ranks, moe, ids)
     if ranks.shared_expert == "fused":
@@ -111,6 +111,12 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
     if ranks.shared_expert == "outside":
         summed = summed + _shared_alone(ranks, moe, x)
     return gathered(summed, ranks.expert_axes, 0)[:tokens] if divide else summed
+
+
+def _gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All ranks' tokens, with what tells them from pads in one more column, so that one gather is enough."""
+    everyone = gathered(jnp.concatenate([x, valid[:, None].astype(x.dtype)], axis=1), ranks.expert_axes, 0)
+    return everyone[:, :-1], everyone[:, -1] > 0
 
 
 def _shared_alone(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array) -> jax.Array:

@@ -1,0 +1,145 @@
+"""How many collectives the compiled programs hold, a layer: counted in the optimised HLO."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.configs import random_config
+from support.meshes import on_mesh
+
+from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.running import Generation
+from qwen_moe_jax.generation.sampling import SamplingPlan
+
+SEED = 22  # a layer of either kind; fusable
+LAYERS = random_config(SEED)["num_hidden_layers"]
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf" = (\(?[a-z0-9]+\[[^=]*?) ({_KINDS})(?:-start)?\(")
+
+
+def collectives(compiled: Any) -> tuple[Counter[str], list[tuple[int, ...]]]:
+    """(operation -> how many, the shapes that all-gathers produce)."""
+    counts: Counter[str] = Counter()
+    gathered = []
+    for shape, operation in _COLLECTIVE.findall(compiled.as_text()):
+        counts[operation] += 1
+        if operation == "all-gather":
+            gathered += [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shape)]
+    return counts, gathered
+
+
+def programs(model: QwenMoe, batch: int) -> dict[str, Any]:
+    """The compiled forward of a prefill chunk and of one token, and the whole loops of prefill and decode."""
+    engine, forward = model.engine, model.engine._model
+    batch = engine.padded(batch)
+    cache = engine.new_cache(batch, 64)
+    hidden = jax.jit(forward.hidden)
+    found = {}
+    for name, tokens in (("prefill", 16), ("decode", 1)):
+        arrays = np.zeros((batch, tokens), np.int32), np.ones((batch, tokens), bool)
+        found[name] = hidden.lower(forward.parameters, *arrays, cache).compile()
+    return found
+
+
+CASES = [
+    # sizes, choices, collectives a decoder layer
+    ((1, 2, 1), {"shared_expert": "prescaled"}, {"all-reduce": 2}),
+    ((1, 2, 1), {"shared_expert": "outside"}, {"all-reduce": 2}),
+    ((1, 2, 2), {"shared_expert": "prescaled"}, {"all-reduce": 2}),
+    ((1, 2, 2), {"shared_expert": "sharded"}, {"all-reduce": 2}),
+    ((1, 2, 2), {"shared_expert": "fused"}, {"all-reduce": 2}),
+    ((1, 4, 2), {"shared_expert": "sharded"}, {"all-reduce": 2}),
+    ((2, 2, 2), {"shared_expert": "sharded"}, {"all-reduce": 2}),
+    ((1, 1, 4), {"shared_expert": "sharded"}, {"all-reduce": 2}),
+    # the stated exception: a shared expert of its own, divided over tensor, has a sum of its own
+    ((1, 2, 2), {"shared_expert": "outside"}, {"all-reduce": 3}),
+    # nothing but the batch is divided
+    ((4, 1, 1), {"shared_expert": "prescaled"}, {}),
+    # attention data parallelism: tokens are gathered for the experts and their sum scattered
+    (
+        (1, 2, 1),
+        {"shared_expert": "sharded", "attention": "data"},
+        {"all-gather": 1, "reduce-scatter": 1},
+    ),
+    (
+        (1, 2, 2),
+        {"shared_expert": "sharded", "attention": "data"},
+        {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2},
+    ),
+    # ids with weights, tokens, outputs; then each rank's tokens for all ranks
+    (
+        (1, 2, 1),
+        {"shared_expert": "prescaled", "expert_dispatch": "all_to_all"},
+        {"all-to-all": 3, "all-gather": 1, "all-reduce": 1},
+    ),
+    (
+        (1, 2, 2),
+        {"shared_expert": "fused", "expert_dispatch": "all_to_all"},
+        {"all-to-all": 3, "all-gather": 1, "all-reduce": 2},
+    ),
+    (
+        (1, 2, 2),
+        {"shared_expert": "prescaled", "expert_dispatch": "all_to_all", "attention": "data"},
+        {"all-to-all": 3, "all-reduce": 2},
+    ),
+    # exact: attention is the same on every rank; the experts' slots are summed before the rest
+    ((1, 4, 1), {"exact": True}, {"all-reduce": 1}),
+    ((1, 2, 2), {"exact": True}, {"all-reduce": 3}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "choices", "a_layer"), CASES)
+def test_collectives_of_a_layer(sizes: tuple[int, int, int], choices: dict[str, Any], a_layer: dict) -> None:
+    model = on_mesh(SEED, *sizes, **choices)
+    assert model.layout is not None
+    # the embedding of a token lies on one rank
+    expected = Counter({kind: LAYERS * count for kind, count in a_layer.items()})
+    expected["all-reduce"] += 1 if model.layout.head_axes else 0
+    for name, compiled in programs(model, batch=4).items():
+        counts, gathered = collectives(compiled)
+        assert counts == +expected, name
+        # What is gathered are tokens and no weights: as many as there are, of their width, or with the mark
+        # of a pad.
+        tokens = model.engine.padded(4) * (16 if name == "prefill" else 1)
+        hidden = model.config.hidden_size
+        for shape in gathered:
+            assert shape[0] <= -(-tokens // 8) * 8
+            assert shape[1] in (hidden, hidden + 1), f"{name} gathers {shape}"
+
+
+def test_the_loops_of_generation_add_one_gather_of_logits() -> None:
+    model = on_mesh(SEED, 1, 2, 2, shared_expert="sharded")
+    engine = model.engine
+    config = GenerationConfig(max_new_tokens=4)
+    generation = Generation(engine, [np.arange(5, dtype=np.int32)], [], config, ())
+    plan = SamplingPlan.of(config)
+    cache, last = engine.prefill([np.arange(5, dtype=np.int32)], 4)
+    state, _ = engine.first(cache, last, generation._sampler, plan)
+    compiled = engine._decode.lower(
+        engine._params, state=state, sampler=generation._sampler, steps=np.int32(4), plan=plan
+    ).compile()
+    counts, gathered = collectives(compiled)
+    assert counts == Counter({"all-reduce": 1 + 2 * LAYERS, "all-gather": 1})
+    vocab = model.layout.splits["vocab"].size  # type: ignore[union-attr]
+    assert gathered == [(1, vocab)]
+
+
+def test_the_count_is_of_something() -> None:
+    """The pattern finds collectives in HLO, also asynchronous ones and those of several operands."""
+    text = """
+      %a = f32[4,8]{1,0} all-reduce(f32[4,8]{1,0} %x), replica_groups={{0,1}}
+      %b = (f32[2]{0}, f32[4]{0}) all-gather-start(f32[1]{0} %y), dimensions={0}
+      %c = (f32[1,8]{1,0}, f32[1,8]{1,0}) all-to-all(f32[1,8]{1,0} %z, f32[1,8]{1,0} %w)
+    """
+
+    class Compiled:
+        def as_text(self) -> str:
+            return text
+
+    counts, gathered = collectives(Compiled())
+    assert counts == Counter({"all-reduce": 1, "all-gather": 1, "all-to-all": 1})
+    assert gathered == [(2,), (4,)]
