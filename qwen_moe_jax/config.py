@@ -6,13 +6,13 @@ nothing is guessed from a similar one.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import CheckpointNotFoundError, ConfigError
+from qwen_moe_jax.json_files import read_json_object
 
 LINEAR_ATTENTION = "linear_attention"
 FULL_ATTENTION = "full_attention"
@@ -193,13 +193,7 @@ class ModelConfig:
             raise CheckpointNotFoundError(
                 f"{file} does not exist; a checkpoint folder must hold config.json."
             )
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is not valid JSON ({error}).") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{file} holds a JSON {type(raw).__name__}; expected an object.")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_json_object(file, ConfigError))
 
     def to_dict(self) -> dict[str, Any]:
         """The text-only Hugging Face form (`model_type: qwen3_5_moe_text`); `from_dict` inverts it."""

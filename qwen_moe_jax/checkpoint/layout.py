@@ -9,6 +9,7 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 
@@ -113,6 +114,17 @@ def is_matrix(name: str) -> bool:
     The others (norms, convolution, A_log, dt_bias) are small and keep the precision of their file.
     """
     return not name.endswith(_VECTOR_ENDINGS)
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """(missing, unexpected, misshapen) names of `found` against the shapes that there should be."""
+    return (
+        [name for name in shapes if name not in found],
+        [name for name in found if name not in shapes],
+        [name for name, shape in shapes.items() if name in found and tuple(found[name]) != shape],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

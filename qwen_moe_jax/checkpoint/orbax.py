@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from qwen_moe_jax.checkpoint.layout import differences
 from qwen_moe_jax.checkpoint.reader import ReadReport
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, abbreviate, all_finite
 from qwen_moe_jax.checkpoint.targets import Box, Target, place
@@ -231,17 +232,14 @@ def check_arrays(
     folder: str | Path, stored: Mapping[str, jax.ShapeDtypeStruct], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises CheckpointError, naming everything, unless the arrays are those expected."""
-    misshapen = [
-        f"{name} is {list(stored[name].shape)} instead of {list(shape)}"
-        for name, shape in shapes.items()
-        if name in stored and stored[name].shape != shape
-    ]
+    missing, unexpected, misshapen = differences({n: array.shape for n, array in stored.items()}, shapes)
+    wrong = [f"{name} is {list(stored[name].shape)} instead of {list(shapes[name])}" for name in misshapen]
     problems = [
         f"{what}: {abbreviate(found)}"
         for what, found in (
-            ("missing keys", [name for name in shapes if name not in stored]),
-            ("unexpected keys", [name for name in stored if name not in shapes]),
-            ("wrong shapes", misshapen),
+            ("missing keys", missing),
+            ("unexpected keys", unexpected),
+            ("wrong shapes", wrong),
         )
         if found
     ]

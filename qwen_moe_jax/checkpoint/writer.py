@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import hf_key, is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import differences, hf_key, is_matrix, parameter_shapes
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError
@@ -99,18 +99,11 @@ def refuse_second_layout(folder: Path, *names: str) -> None:
 def check_parameters(parameters: Mapping[str, jax.Array], config: ModelConfig) -> None:
     """Raises CheckpointError unless names and shapes are exactly those of the configuration."""
     shapes = parameter_shapes(config)
-    wrong = [
-        f"{name} {list(parameters[name].shape)} instead of {list(shape)}"
-        for name, shape in shapes.items()
-        if name in parameters and parameters[name].shape != shape
-    ]
+    missing, unexpected, misshapen = differences({n: value.shape for n, value in parameters.items()}, shapes)
+    wrong = [f"{name} {list(parameters[name].shape)} instead of {list(shapes[name])}" for name in misshapen]
     problems = [
         f"{what} {abbreviate(found)}"
-        for what, found in (
-            ("missing", [name for name in shapes if name not in parameters]),
-            ("unexpected", [name for name in parameters if name not in shapes]),
-            ("wrong shapes", wrong),
-        )
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("wrong shapes", wrong))
         if found
     ]
     if problems:

@@ -1,7 +1,6 @@
 """From a path to a filled decoder."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from qwen_moe_jax.checkpoint.targets import Target, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, InputError
 from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
+from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
@@ -172,10 +172,7 @@ def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     ids = list(config.eos_token_ids)
     file = folder / "generation_config.json"
     if file.is_file():
-        try:
-            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file} is not a JSON object ({error}).") from None
+        given = read_json_object(file, CheckpointError).get("eos_token_id")
         ids += given if isinstance(given, list) else [] if given is None else [given]
     bad = [i for i in ids if not isinstance(i, (int, np.integer)) or not 0 <= i < config.vocab_size]
     if bad:

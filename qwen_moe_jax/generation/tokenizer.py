@@ -1,12 +1,12 @@
 """The checkpoint's own tokenizer."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.json_files import read_json_object
 
 
 class Tokenizer:
@@ -59,12 +59,4 @@ def read_tokenizer_config(folder: str | Path) -> dict:
         CheckpointError: it is not a JSON object.
     """
     file = Path(folder) / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(config).__name__}; expected an object.")
-    return config
+    return read_json_object(file, CheckpointError) if file.is_file() else {}
