@@ -6,6 +6,7 @@ layout that disagrees with one device is exit status 1.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from math import prod
@@ -140,10 +141,15 @@ def _mesh(options: argparse.Namespace) -> Any:
 
     sizes = (options.data, options.expert, options.tensor)
     processes = start_processes(options.coordinator, options.num_processes, options.process_id)
-    if min(sizes) > 0:
+    if processes > 1:
+        # Standard output is for results: gloo would write its greetings to it.
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+    pretended = -(-prod(sizes) // processes)
+    if pretended > max(1, jax.config.jax_num_cpu_devices):  # type: ignore[attr-defined]
         # Refused once devices are in use, as in a notebook: then those that there are have to do.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", -(-prod(sizes) // processes))
+            jax.config.update("jax_num_cpu_devices", pretended)
     return make_mesh(*sizes) if processes > 1 or sizes != (1, 1, 1) else None
 
 

@@ -184,7 +184,7 @@ def test_the_command_in_a_process_of_its_own(checkpoint, reference, tmp_path):
 def test_help_names_every_command_and_explains_its_options(tmp_path, capsys):
     done = run_module("--help", cache=tmp_path)
     assert done.returncode == 0
-    for command in ("generate", "eval", "inspect", "convert"):
+    for command in ("generate", "eval", "check", "inspect", "convert"):
         assert command in done.stdout
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
@@ -217,3 +217,20 @@ def test_eval_of_the_trained_checkpoint_prints_a_high_accuracy_and_every_mistake
     assert out.count("expected: ") == total - right
     # at the accuracy stated in checkpoints/README.md, 40 draws fall this low less than once in 10^4
     assert right >= 0.75 * total
+
+
+def test_generate_on_a_mesh_prints_what_one_device_does(checkpoint, reference, capsys):
+    mesh = [
+        "--expert",
+        "2",
+        "--tensor",
+        "2",
+        "--shared-expert",
+        "prescaled",
+        "--expert-dispatch",
+        "all_to_all",
+    ]
+    assert generate(checkpoint, PROMPT, "--raw", "--dtype", "float32", *mesh) == 0
+    assert capsys.readouterr().out == expected_text(reference, PROMPT) + "\n"
+    assert generate(checkpoint, PROMPT, "--raw", "--expert", "9") == 2
+    assert "needs 9 devices, and there are 8" in capsys.readouterr().err

@@ -122,6 +122,42 @@ def test_each_process_reads_only_what_its_devices_hold(tmp_path: Path) -> None:
         assert 0.5 < f["read_bytes"] / file_bytes < 0.56
 
 
+def test_the_command_runs_over_two_processes_and_the_first_one_prints() -> None:
+    """Positions as flags in one and as environment variables in the other."""
+    question = "Tom has 12 apples. Anna gives him 7 more. How many apples does Tom have now?"
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_moe_jax.cli",
+        "generate",
+        "--model",
+        "checkpoints/abacus",
+        question,
+    ]
+    command += ["--expert", "2", "--tensor", "2", "--shared-expert", "sharded", "--no-compilation-cache"]
+    address = f"localhost:{free_port()}"
+    flags = ["--coordinator", address, "--num-processes", "2", "--process-id", "0"]
+    variables = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            command + extra,
+            cwd=REPOSITORY,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for extra, environment in ((flags, {}), ([], variables))
+    ]
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["12 + 7 = 19. The answer is 19.\n", ""]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
