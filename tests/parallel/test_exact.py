@@ -36,7 +36,7 @@ def test_also_in_bfloat16_and_with_tensor_parallelism() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("seed", [0, 1, 4, 8, 14, 16, 21])
+@pytest.mark.parametrize("seed", [1, 4, 14])
 def test_random_configurations_give_the_same_bits(seed: int, dtype: str, tensor: int) -> None:
     assert_equal_bits(seed, dtype, tensor, (1, 2, 4, 8) if tensor == 1 else (1, 2, 3, 4))
 
