@@ -38,7 +38,7 @@ from qwen_moe_jax.model.params import DtypePolicy  # noqa: E402
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder  # noqa: E402
 from qwen_moe_jax.parallel.layout import DISPATCHES, SHARED_EXPERT_MODES, Layout  # noqa: E402
 from qwen_moe_jax.parallel.mesh import EXPERT, make_mesh  # noqa: E402
-from qwen_moe_jax.parallel.partial_sums import as_part, divided_among, total  # noqa: E402
+from qwen_moe_jax.parallel.partial_sums import as_part, total  # noqa: E402
 
 FLOAT32 = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
 BFLOAT16 = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
@@ -293,10 +293,8 @@ def mixture_cost(layout: Layout, tokens: int, shared: bool) -> tuple[Cost, Cost]
     def on_a_rank(parameters: dict[str, jax.Array], x: jax.Array, routed: jax.Array) -> jax.Array:
         moe = with_parameters(mlp, parameters)
         part = as_part(routed, axes)
-        if shared and mode == "prescaled":
-            part = part + as_part(divided_among(moe.shared(x), axes), axes)
-        elif shared and mode == "sharded":
-            part = part + as_part(moe.shared(x), axes)
+        if shared and mode in ("prescaled", "sharded"):
+            part = part + moe.shared(x)
         summed = total(part, axes)
         return summed + moe.shared(x) if shared and mode == "outside" else summed
 

@@ -111,12 +111,14 @@ class SparseMoe(nnx.Module):
 
         Returns:
             float32 [tokens, hidden], the sum over slots; with by_slot [tokens, slots, hidden], not summed.
+            This rank's part of a sum over the ranks, and typed as such.
         """
         c = self.config
         experts = choose_experts(
             self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok, ranks=ranks, by_slot=by_slot
         )
-        return experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
+        outputs = experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
+        return self.ranks.routed_part(outputs)
 
     def shared_weight(self, x: jax.Array) -> jax.Array:
         """The shared expert's gate, float32 [tokens, 1]."""
@@ -127,8 +129,8 @@ class SparseMoe(nnx.Module):
         return self.combine(x, *self.choose(x, valid))
 
     def shared(self, x: jax.Array) -> jax.Array:
-        """The shared expert (its inner rows held here) times its gate, float32 [tokens, hidden]."""
-        return self.shared_weight(x) * self.shared_expert(x)
+        """The shared expert times its gate, float32 [tokens, hidden]: this rank's part, typed as such."""
+        return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x))
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""

@@ -38,6 +38,14 @@ class Ranks(Protocol):
         """The sum of every rank's `head_product`."""
         ...
 
+    def routed_part(self, outputs: jax.Array) -> jax.Array:
+        """What the experts held here add, float32 [tokens, ..., hidden], typed as that rank's part."""
+        ...
+
+    def shared_part(self, output: jax.Array) -> jax.Array:
+        """The shared expert by the rows held here, float32 [tokens, hidden], as that rank's part."""
+        ...
+
     def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
         """The whole mixture of experts on [tokens, hidden], valid bool [tokens] -> float32 like x."""
         ...
@@ -62,6 +70,14 @@ class OneDevice:
     def sum_heads(self, part: jax.Array) -> jax.Array:
         """The same."""
         return part
+
+    def routed_part(self, outputs: jax.Array) -> jax.Array:
+        """The same."""
+        return outputs
+
+    def shared_part(self, output: jax.Array) -> jax.Array:
+        """The same."""
+        return output
 
     def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
         """Routed and shared branch, each once."""

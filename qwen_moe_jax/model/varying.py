@@ -10,6 +10,12 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
+def unreduced_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which x is a part of a sum that is still to be taken."""
+    aval = jax.typeof(x)
+    return aval.mat.unreduced if hasattr(aval, "mat") else aval.sharding.spec.unreduced
+
+
 def vary_like(start: jax.Array, *others: jax.Array) -> jax.Array:
     """`start`, typed as varying over every axis that one of the others varies over.
 

@@ -16,7 +16,8 @@ The shared expert is applied to every token exactly once, by one of four modes:
     fused        one more slot of the grouped product, each        one more slot, on each rank's
                  token's computed on one rank                      own tokens
 
-Everything that is summed is typed as a part of a sum (`partial_sums.py`).
+What `moe.combine` and `moe.shared` give is typed as a part of a sum already (`MeshRanks.routed_part`,
+`shared_part`), so that in no mode the two can be added if they are not parts of the same sum.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_moe_jax.model.moe import SparseMoe
-from qwen_moe_jax.parallel.partial_sums import as_part, divided_among, gathered, scattered_total, total
+from qwen_moe_jax.parallel.partial_sums import gathered, scattered_total, total
 from qwen_moe_jax.parallel.token_exchange import exchange, give_back, plan_exchange
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ def psum_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Ar
     if ranks.shared_expert == "fused":
         ids, weights = _with_shared_slot(ranks, ids, weights, moe.shared_weight(x), valid)
     axes = (*ranks.expert_axes, *ranks.tensor_axes)
-    part = as_part(moe.combine(x, ids, weights, ranks=ranks.expert_ranks), axes)
-    if ranks.shared_expert == "prescaled":
-        part = part + as_part(divided_among(moe.shared(x), ranks.expert_axes), axes)
-    elif ranks.shared_expert == "sharded":
-        part = part + as_part(moe.shared(x), axes)
+    part = moe.combine(x, ids, weights, ranks=ranks.expert_ranks)
+    if ranks.shared_expert in ("prescaled", "sharded"):
+        part = part + moe.shared(x)
     if ranks.tokens_divided:
         summed = total(scattered_total(part, ranks.expert_axes[0]), ranks.tensor_axes)
     else:
@@ -67,11 +66,11 @@ def exact_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.A
     """
     ids, weights = moe.choose(x, valid)
     slots = moe.combine(x, _held_ids(ranks, moe, ids), weights, ranks=ranks.expert_ranks, by_slot=True)
-    slots = total(as_part(slots, ranks.expert_axes), ranks.expert_axes)
+    slots = total(slots, ranks.expert_axes)
     summed = slots[:, 0]
     for slot in range(1, slots.shape[1]):
         summed = summed + slots[:, slot]
-    return total(as_part(summed + moe.shared(x), ranks.tensor_axes), ranks.tensor_axes)
+    return total(summed + moe.shared(x), ranks.tensor_axes)
 
 
 def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -104,9 +103,9 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
     routed = outputs[:received]
     if plan is not None:
         routed = give_back(routed, plan, ragged=ranks.ragged)
-    part = as_part(routed + outputs[received:] if fused else routed, ranks.tensor_axes)
+    part = ranks.returned_part(routed + outputs[received:] if fused else routed)
     if ranks.shared_expert in ("prescaled", "sharded"):
-        part = part + as_part(moe.shared(x), ranks.tensor_axes)
+        part = part + moe.shared(x)
     summed = total(part, ranks.tensor_axes)
     if ranks.shared_expert == "outside":
         summed = summed + _shared_alone(ranks, moe, x)
@@ -121,7 +120,7 @@ def _gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tupl
 
 def _shared_alone(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array) -> jax.Array:
     """The shared branch, whole, with a sum of its own where its inner rows are divided."""
-    return total(as_part(moe.shared(x), ranks.shared_axes), ranks.shared_axes)
+    return total(moe.shared(x), ranks.shared_axes)
 
 
 def _held_ids(ranks: "MeshRanks", moe: SparseMoe, ids: jax.Array) -> jax.Array:

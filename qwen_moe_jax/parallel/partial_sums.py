@@ -5,15 +5,22 @@ as different ("varying"), or as "unreduced": a part of a sum that is still to be
 functions make unreduced values here. Two parts add; a part and a whole value do not (`ShardingTypeError`
 while tracing): a replicated shared expert added to the parts of the routed experts would be counted once
 a rank, which is the bug this project was born of. Nor can a part be squared, normalised, multiplied
-or returned as if it were the sum.
+or returned as if it were the sum. And only a part can be summed over ranks.
+
+What the types cannot see is a replicated value added to a rank's product *before* that was declared a part:
+to JAX the sum differs between ranks, as the product did. So parts are declared where they are computed, in
+`product_part` and in the answers of `MeshRanks`, which type what leaves the model's mixture of experts,
+and nothing else calls `as_part`. A test reads the sources for that; `check_layout` compares the numbers.
 """
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qwen_moe_jax.model.linear import linear
-from qwen_moe_jax.model.varying import varying_axes
+from qwen_moe_jax.model.varying import unreduced_axes, varying_axes
 
 Axes = tuple[str, ...]
 
@@ -27,12 +34,18 @@ def as_part(x: jax.Array, axes: Axes) -> jax.Array:
         axes: mesh axes; none means that x is the sum already.
 
     Raises:
-        ValueError: while tracing, if x is the same on all ranks of an axis.
+        ValueError: while tracing, if x is the same on all ranks of an axis, or a part already.
     """
+    already = unreduced_axes(x)
+    if already:
+        raise ValueError(
+            f"a value that is a part of a sum over {_names(already)} already was declared one over "
+            f"{_names(axes)}: declare a part once, where it is computed, with all axes of its sum."
+        )
     same = set(axes) - varying_axes(x)
     if same:
         raise ValueError(
-            f"a value that is the same on every rank along {', '.join(sorted(same))} is not a part of a sum "
+            f"a value that is the same on every rank along {_names(same)} is not a part of a sum "
             "over them: it would be counted once a rank. Use divided_among, or add it after the sum."
         )
     return lax.pcast(x, axes, to="unreduced") if axes else x
@@ -55,15 +68,38 @@ def divided_among(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def total(part: jax.Array, axes: Axes) -> jax.Array:
-    """The sum of all ranks' parts, on every one of them: one all-reduce."""
+    """The sum of all ranks' parts, on every one of them: one all-reduce.
+
+    Raises:
+        ValueError: while tracing, if `part` is not typed as a part of a sum over every one of the axes.
+    """
+    _check_part(part, axes)
     return lax.psum(part, axes) if axes else part
 
 
 def scattered_total(part: jax.Array, axis: str) -> jax.Array:
-    """The sum of all ranks' parts [n * rows, ...]; rank r gets rows r * rows and on: one reduce-scatter."""
+    """The sum of all ranks' parts [n * rows, ...]; rank r gets rows r * rows and on: one reduce-scatter.
+
+    Raises:
+        ValueError: as `total`.
+    """
+    _check_part(part, (axis,))
     return lax.psum_scatter(part, axis, scatter_dimension=0, tiled=True)
 
 
 def gathered(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
     """Every rank's x behind one another along `dimension`, on every rank: one all-gather."""
     return lax.all_gather(x, axes, axis=dimension, tiled=True, to="invarying") if axes else x
+
+
+def _check_part(part: jax.Array, axes: Axes) -> None:
+    missing = set(axes) - unreduced_axes(part)
+    if missing:
+        raise ValueError(
+            f"a value that is not typed as a part of a sum over {_names(missing)} was to be summed over the "
+            "ranks: what every rank has whole would be counted once a rank. Make parts with product_part."
+        )
+
+
+def _names(axes: Iterable[str]) -> str:
+    return ", ".join(sorted(axes))

@@ -8,7 +8,7 @@ from jax import lax
 
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture
-from qwen_moe_jax.parallel.partial_sums import Axes, as_part, gathered, product_part, total
+from qwen_moe_jax.parallel.partial_sums import Axes, as_part, divided_among, gathered, product_part, total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,22 @@ class MeshRanks:
     def sum_heads(self, part: jax.Array) -> jax.Array:
         """One all-reduce."""
         return total(part, self.head_axes)
+
+    def routed_part(self, outputs: jax.Array) -> jax.Array:
+        """A part of a sum over both axes; in all_to_all not yet, since it goes back to its tokens first."""
+        if self.expert_dispatch == "all_to_all":
+            return outputs
+        return as_part(outputs, (*self.expert_axes, *self.tensor_axes))
+
+    def returned_part(self, outputs: jax.Array) -> jax.Array:
+        """The experts' outputs of all_to_all, back at their tokens: a part of a sum over `tensor`."""
+        return as_part(outputs, self.tensor_axes)
+
+    def shared_part(self, output: jax.Array) -> jax.Array:
+        """By mode: a sum of its own, a share of the routed experts' sum, or an equal part of it a rank."""
+        if self.shared_expert == "prescaled" and self.expert_dispatch == "psum" and not self.exact:
+            return as_part(divided_among(output, self.expert_axes), (*self.expert_axes, *self.tensor_axes))
+        return as_part(output, self.shared_axes)
 
     def mixture(self, moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
         """By the dispatch of the layout."""

@@ -18,7 +18,7 @@ from qwen_moe_jax.generation.sampling import SamplingPlan
 SEED = 22  # a layer of either kind; fusable
 LAYERS = random_config(SEED)["num_hidden_layers"]
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_COLLECTIVE = re.compile(rf" = (\(?[a-z0-9]+\[[^=]*?) ({_KINDS})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf" = (\(?[a-z0-9]+\[.*?) ({_KINDS})(?:-start)?\(")
 
 
 def collectives(compiled: Any) -> tuple[Counter[str], list[tuple[int, ...]]]:
@@ -73,6 +73,11 @@ CASES = [
     # ids with weights, tokens, outputs; then each rank's tokens for all ranks
     (
         (1, 2, 1),
+        {"shared_expert": "prescaled", "expert_dispatch": "all_to_all"},
+        {"all-to-all": 3, "all-gather": 1, "all-reduce": 1},
+    ),
+    (
+        (1, 8, 1),
         {"shared_expert": "prescaled", "expert_dispatch": "all_to_all"},
         {"all-to-all": 3, "all-gather": 1, "all-reduce": 1},
     ),
@@ -134,6 +139,7 @@ def test_the_count_is_of_something() -> None:
       %a = f32[4,8]{1,0} all-reduce(f32[4,8]{1,0} %x), replica_groups={{0,1}}
       %b = (f32[2]{0}, f32[4]{0}) all-gather-start(f32[1]{0} %y), dimensions={0}
       %c = (f32[1,8]{1,0}, f32[1,8]{1,0}) all-to-all(f32[1,8]{1,0} %z, f32[1,8]{1,0} %w)
+      %d = (f32[1], f32[1], f32[1], f32[1], f32[1], /*index=5*/f32[1]) all-to-all(f32[1] %v)
     """
 
     class Compiled:
@@ -141,5 +147,5 @@ def test_the_count_is_of_something() -> None:
             return text
 
     counts, gathered = collectives(Compiled())
-    assert counts == Counter({"all-reduce": 1, "all-gather": 1, "all-to-all": 1})
+    assert counts == Counter({"all-reduce": 1, "all-gather": 1, "all-to-all": 2})
     assert gathered == [(2,), (4,)]

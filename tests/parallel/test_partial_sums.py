@@ -1,14 +1,24 @@
 """The type system of partial sums: the over-count, its opposite and every other mix-up do not trace."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from support.configs import random_config
 
+import qwen_moe_jax
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.model.decoder import with_parameters
+from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
+from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.forward import layout_decoder
+from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import make_mesh
 from qwen_moe_jax.parallel.partial_sums import (
     as_part,
@@ -27,6 +37,8 @@ except ImportError:  # jax 0.10 keeps it to itself
 TOKENS, HIDDEN, INNER = 8, 6, 12
 GROUP = ("expert", "tensor")
 REPLICATED = P()
+FLOAT32 = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
+CONFIG = ModelConfig.from_dict({"model_type": "qwen3_5_moe_text", **random_config(22)})
 
 
 def inputs(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -92,6 +104,76 @@ def test_declaring_a_replicated_value_a_part_does_not_trace_either() -> None:
 
     with pytest.raises(ValueError, match=r"same on every rank along expert, tensor.*counted once a rank"):
         on_mesh(over_count)
+
+
+@pytest.mark.parametrize(
+    "summed",
+    [
+        lambda x, a, w: total(linear(a, w) + x, GROUP),
+        lambda x, a, w: total(x, GROUP),
+        lambda x, a, w: total(a @ w.T, GROUP),
+        lambda x, a, w: total(total(product_part(a, w, GROUP), GROUP), GROUP),
+        lambda x, a, w: scattered_total(linear(a, w) + x, "expert"),
+    ],
+    ids=["added before it got a type", "replicated", "untyped", "summed twice", "scattered"],
+)
+def test_only_a_part_can_be_summed(summed: Callable[..., jax.Array]) -> None:
+    with pytest.raises(ValueError, match=r"not typed as a part of a sum over expert.*counted once a rank"):
+        on_mesh(summed)
+
+
+def test_a_part_is_declared_once() -> None:
+    with pytest.raises(ValueError, match="a part of a sum over expert, tensor already"):
+        on_mesh(lambda x, a, w: total(as_part(product_part(a, w, GROUP), GROUP), GROUP))
+
+
+@pytest.mark.parametrize("mode", ["prescaled", "outside", "sharded"])
+def test_the_models_own_branches_add_only_as_parts_of_one_sum(mode: str) -> None:
+    """The upstream bug with the model's own mixture of experts, on a mesh of 2 x 2."""
+    layout = Layout(CONFIG, make_mesh(expert=2, tensor=2), shared_expert=mode)
+    mlp = layout_decoder(layout, FLOAT32, "cpu").layers[0].mlp
+    prefix = "layers.0.mlp."
+    structs = {name: target.struct for name, target in layout.targets(FLOAT32).items()}
+    given = {n.removeprefix(prefix): s for n, s in structs.items() if n.startswith(prefix)}
+    specs = {name: layout.spec(prefix + name, struct.ndim) for name, struct in given.items()}
+
+    def mixture(parameters, x, wrong):
+        moe = with_parameters(mlp, parameters)
+        ids = jnp.zeros((TOKENS, 2), jnp.int32) + jax.lax.axis_index("expert")
+        routed = moe.combine(x, ids, jnp.ones((TOKENS, 2)), ranks=2)
+        return total(wrong(routed, moe.shared(x)), GROUP)
+
+    def trace(wrong):
+        mapped = jax.shard_map(
+            lambda parameters, x: mixture(parameters, x, wrong),
+            mesh=layout.mesh,
+            in_specs=(specs, P()),
+            out_specs=P(),
+        )
+        jax.eval_shape(mapped, given, jax.ShapeDtypeStruct((TOKENS, CONFIG.hidden_size), jnp.float32))
+
+    if mode == "outside":
+        with pytest.raises(ShardingTypeError, match="unreduced"):
+            trace(lambda routed, shared: routed + shared)
+    else:
+        trace(lambda routed, shared: routed + shared)
+    for wrong in (
+        lambda routed, shared: routed + total(shared, ("tensor",)),
+        lambda routed, shared: as_part(routed + jnp.ones_like(routed), GROUP),
+    ):
+        with pytest.raises((ShardingTypeError, ValueError), match=r"unreduced|part of a sum"):
+            trace(wrong)
+
+
+def test_parts_are_declared_at_their_sources_only() -> None:
+    """What the types cannot see (a value added before the declaration) has few places to happen in."""
+    package = Path(qwen_moe_jax.__file__).parent
+    sources = {str(file.relative_to(package)): file.read_text() for file in package.rglob("*.py")}
+    declaring = {name for name, text in sources.items() if "as_part" in text}
+    assert declaring == {"parallel/partial_sums.py", "parallel/ranks.py"}
+    primitives = re.compile(r"\b(psum|psum_scatter|pcast)\(")
+    reducing = {name for name, text in sources.items() if primitives.search(text)}
+    assert reducing == {"parallel/partial_sums.py", "model/varying.py"}
 
 
 def test_a_value_replicated_along_one_axis_only_is_no_part_along_both() -> None:
