@@ -36,6 +36,16 @@ _BITS = {
     "F4": 4,
 }
 
+# The format's own limit of a header, so that a garbled length does not fill the memory.
+_LARGEST_HEADER = 100_000_000
+
+# What other formats of weights begin with.
+_FOREIGN = {
+    b"\x80": "a Python pickle (as torch.save writes), which can run any code when it is opened",
+    b"PK\x03\x04": "a zip archive (as torch.save writes), whose pickle can run any code when it is opened",
+    b"GGUF": "a GGUF file (llama.cpp)",
+}
+
 # Elements converted at once: small enough for the caches, large enough that a read's cost vanishes.
 _PIECE = 1 << 18
 
@@ -84,21 +94,66 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             f"{folder} holds {abbreviate(loose)} but neither {SINGLE_FILE} nor {INDEX_FILE}, "
             "which says what the shards hold; copy the index as well."
         )
-    raise CheckpointNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}.")
+    foreign = sorted(f.name for end in (".bin", ".pt", ".pth", ".gguf") for f in folder.glob(f"*{end}"))
+    instead = f", only {abbreviate(foreign)}, which are not read" if foreign else ""
+    raise CheckpointNotFoundError(
+        f"{folder} holds no weights{instead}; expected {SINGLE_FILE} or {INDEX_FILE}."
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _Twice as error:
+        raise CheckpointError(f"{index} is damaged: it names {error} twice; copy it again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
             f"{index} is damaged: expected a JSON object with a weight_map of keys to shard files."
         ) from None
-    outside = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n)
+    strange = sorted(shown(key) for key in weight_map if not _plain_key(key))
+    if strange:
+        raise CheckpointError(f"{index} is damaged: it names {abbreviate(strange)}; copy it again.")
+    outside = sorted(shown(n) for n in names if not _plain_name(n))
     if outside:
         raise CheckpointError(f"{index} names {abbreviate(outside)}; expected files in the same folder.")
     return weight_map
+
+
+def _plain_name(name: Any) -> bool:
+    """Whether it names a file in the same folder, on any system."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name.encode(errors="replace")) <= 255
+        and name not in (".", "..")
+        and not any(mark in name for mark in "/\\:")
+    )
+
+
+def _plain_key(key: str) -> bool:
+    return key.isprintable() and 0 < len(key) <= 1000
+
+
+class _Twice(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text, whose keys must differ: Python would keep the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise _Twice(shown(next(key for i, key in enumerate(names) if key in names[:i])))
+    return found
+
+
+def shown(text: Any) -> str:
+    """Text from a file as part of a message: short, in printable characters."""
+    plain = str(text)
+    if not plain.isprintable():
+        plain = plain.encode("unicode_escape").decode()
+    return plain if len(plain) <= 120 else f"{plain[:117]}..."
 
 
 def _indexed_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
@@ -145,29 +200,36 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} is a Git LFS pointer, not weights; run `git lfs pull`.")
         stream.seek(8)
         length = int.from_bytes(start, "little")
-        if size < 8 or not 2 <= length <= size - 8:
+        foreign = next((name for mark, name in _FOREIGN.items() if start.startswith(mark)), None)
+        if foreign and length > _LARGEST_HEADER:
+            raise CheckpointError(f"{file} is {foreign}, not a safetensors file; convert it to one.")
+        if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file: it has {size} bytes and its header would "
                 f"have {length}; copy it again."
             )
         raw = stream.read(length)
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, Any] = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {key: _entry(file, key, value, 8 + length) for key, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = error.args[0] if error.args else type(error).__name__
+    except _Twice as error:
+        raise CheckpointError(f"{file} holds {error} twice in its header; copy it again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        detail = shown(error.args[0]) if error.args else type(error).__name__
         raise CheckpointError(f"{file} has a garbled safetensors header ({detail}); copy it again.") from None
     _check_extent(file, size, 8 + length, tensors)
     return tensors
 
 
 def _entry(file: Path, key: str, value: dict[str, Any], data: int) -> StoredTensor:
+    if not _plain_key(key):
+        raise ValueError(f"a tensor is named {shown(key)!r}")
     dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if dtype not in _BITS:
         raise ValueError(f"{key} has the unknown dtype {dtype!r}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{key} has shape {list(shape)} and bytes {begin} to {end}")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)) or len(shape) > 32:
+        raise ValueError(f"{key} has shape {shown(list(shape))} and bytes {begin} to {end}")
     if 8 * (end - begin) != prod(shape) * _BITS[dtype]:
         raise ValueError(f"{key} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes")
     return StoredTensor(file, key, dtype, shape, data + begin, end - begin)
@@ -279,5 +341,5 @@ def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 def abbreviate(items: list[str], limit: int = 10) -> str:
     """The items, comma-separated; long lists end in "and N more"."""
-    shown = ", ".join(items[:limit])
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+    first = ", ".join(map(shown, items[:limit]))
+    return first if len(items) <= limit else f"{first} and {len(items) - limit} more"

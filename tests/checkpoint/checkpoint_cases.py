@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.configs import random_config
@@ -14,7 +15,9 @@ from support.reference import build_reference
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.reader import read_parameters
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import CheckpointError
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIED_SEED = 3  # a random configuration with tie_word_embeddings
@@ -97,3 +100,21 @@ def fuse_experts(tensors: dict[str, torch.Tensor]) -> None:
 
         tensors[stack + "gate_up_proj"] = torch.cat([every("gate_proj"), every("up_proj")], dim=1)
         tensors[stack + "down_proj"] = every("down_proj")
+
+
+def shards_of(folder):
+    """The shards in their order."""
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+CONFIG = config_of(UNTIED_SEED)
+EXPECTED = expected_of(CONFIG)
+
+
+def error_of(folder, expected=None):
+    """What reading says of a damaged checkpoint; it names the folder."""
+    with pytest.raises(CheckpointError) as caught:
+        read_parameters(folder, EXPECTED if expected is None else expected)
+    message = str(caught.value)
+    assert str(folder) in message
+    return message
