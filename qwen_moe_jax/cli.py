@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", help="checkpoint folder")
     command.add_argument("--context", type=int, help="tokens a sequence, for the cache sizes")
+    command.add_argument("--device", help="what fits on one: mi300x, mi325x, mi355x or h100")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
@@ -232,16 +233,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
+    from qwen_moe_jax.devices import find_device
     from qwen_moe_jax.generation.loading import resolve_folder
 
+    device = None if options.device is None else find_device(options.device)
     folder = resolve_folder(options.path)
     summary = inspect_checkpoint(folder, context=options.context)
     print(summary)
-    if (options.data, options.expert, options.tensor) != (1, 1, 1):
+    sizes = (options.data, options.expert, options.tensor)
+    if device is not None or sizes != (1, 1, 1):
         from qwen_moe_jax.parallel.memory import device_memory
 
-        sizes = (options.data, options.expert, options.tensor)
-        print(device_memory(summary.config, sizes, summary.context, **_layout_options(options)))
+        choices = _layout_options(options)
+        print(device_memory(summary.config, sizes, summary.context, device=device, **choices))
 
 
 def _check(options: argparse.Namespace) -> int:

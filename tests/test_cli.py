@@ -127,6 +127,7 @@ MISTAKES = {
     "no command": ((), "COMMAND"),
     "no problems": (("eval", "--model", TINY, "--problems", "0"), "--problems is 0"),
     "context of zero": (("inspect", TINY, "--context", "0"), "context"),
+    "unknown device": (("inspect", TINY, "--device", "mi100"), "mi300x, mi325x, mi355x, h100"),
     "existing destination": (("convert", TINY, TINY), "exists and is not an empty folder"),
     "destination that is a file": (("convert", TINY, __file__), "exists and is not an empty folder"),
 }

@@ -60,9 +60,12 @@ class CheckpointSummary:
     context: int
 
     def __str__(self) -> str:
-        return "\n".join([*self._architecture(), *self._parameter_table(), *self._storage(), *self._caches()])
+        return "\n".join(
+            [*self.architecture_lines(), *self.parameter_lines(), *self._storage(), *self._caches()]
+        )
 
-    def _architecture(self) -> list[str]:
+    def architecture_lines(self) -> list[str]:
+        """What the model is built of."""
         c = self.config
         full = c.layer_types.count(FULL_ATTENTION)
         embedding = "tied to lm_head" if c.tie_word_embeddings else "not tied to lm_head"
@@ -81,7 +84,8 @@ class CheckpointSummary:
             f"  context          {c.max_position_embeddings} tokens",
         ]
 
-    def _parameter_table(self) -> list[str]:
+    def parameter_lines(self) -> list[str]:
+        """A table of parameters by component."""
         rows = [*self.parameters, "total"]
         total = self.parameters | {"total": sum(self.parameters.values())}
         active = self.active_parameters | {"total": sum(self.active_parameters.values())}
@@ -149,8 +153,8 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
         folder=folder,
         config=config,
         layout=layout,
-        parameters=_by_component({name: prod(shape) for name, shape in shapes.items()}),
-        active_parameters=_by_component({n: _active(config, n, s) for n, s in shapes.items()}),
+        parameters=by_component({name: prod(shape) for name, shape in shapes.items()}),
+        active_parameters=by_component({n: _active(config, n, s) for n, s in shapes.items()}),
         stored_bytes=stored,
         skipped_bytes=skipped,
         loaded_bytes={
@@ -164,7 +168,7 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
     )
 
 
-def _by_component(counts: Mapping[str, int]) -> dict[str, int]:
+def by_component(counts: Mapping[str, int]) -> dict[str, int]:
     """Canonical name -> number, summed by component, in the order of a token's way."""
     sums = dict.fromkeys((component for component, _ in _COMPONENTS), 0)
     for name, count in counts.items():

@@ -17,6 +17,7 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
+from qwen_moe_jax.generation.describe import ModelDescription, describe_model
 from qwen_moe_jax.generation.engine import BLOCK_STEPS, Engine
 from qwen_moe_jax.generation.loading import Loaded, compute_dtype, load_forward, resolve_folder
 from qwen_moe_jax.generation.options import GenerationConfig
@@ -226,6 +227,20 @@ class QwenMoe:
     def save_orbax(self, path: str | Path) -> None:
         """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template."""
         save_orbax(path, self._stored(), self.config, dtype=self.dtype, extra_files_from=self.folder)
+
+    def describe(self, *, context: int | None = None, device: str | None = None) -> ModelDescription:
+        """What the model is, how it lies on its devices, and the memory it takes there.
+
+        Args:
+            context: tokens of a sequence, for the sizes of caches; None means the model's longest.
+            device: "mi300x", "mi325x", "mi355x" or "h100": also say what fits on such.
+
+        Raises:
+            InputError: another device, or a context that is no positive number.
+        """
+        return describe_model(
+            self.folder, self.config, self.dtype, self.layout, context=context, device=device
+        )
 
     def _stored(self) -> Any:
         """The parameters as a checkpoint has them."""

@@ -15,7 +15,7 @@ from checkpoint_cases import (
     random_parameters,
     reference,
 )
-from support.configs import random_config
+from support.configs import QWEN_397B, random_config
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from qwen_moe_jax.checkpoint import safetensors_files
@@ -48,17 +48,7 @@ RELEASED = {
         144,
     ),
     "397B-A17B": (
-        TEXT
-        | {
-            "hidden_size": 4096,
-            "num_hidden_layers": 60,
-            "num_experts": 512,
-            "num_experts_per_tok": 10,
-            "moe_intermediate_size": 1024,
-            "shared_expert_intermediate_size": 1024,
-            "num_attention_heads": 32,
-            "linear_num_value_heads": 64,
-        },
+        QWEN_397B,
         397,
         17,
         30,

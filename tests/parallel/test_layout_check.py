@@ -159,17 +159,3 @@ def test_a_layout_that_does_not_exist_is_one_line_and_exit_status_two(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-
-
-def test_inspect_counts_what_a_device_of_a_mesh_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(mesh_case(SEED).folder)
-    assert main(["inspect", folder, "--expert", "64", "--context", "100"]) == 0
-    assert "a device of the mesh data 1 x expert 64 x tensor 1" in capsys.readouterr().out
-    model = on_mesh(SEED, 1, 2, 2, shared_expert="prescaled")
-    held = sum(value.addressable_shards[0].data.nbytes for value in model._parameters.values())
-    cache = model.engine.new_cache(1, 100)
-    row = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
-    assert main(["inspect", folder, "--expert", "2", "--tensor", "2", "--context", "100"]) == 0
-    out = capsys.readouterr().out
-    assert f"or {held / 1024:.4g} KiB in float32" in out
-    assert f"or {row / 1024:.4g} KiB in float32, of 100 tokens" in out

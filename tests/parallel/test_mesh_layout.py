@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.configs import random_config
+from support.configs import QWEN_397B, random_config
 from support.meshes import factorisations, mesh_case, on_mesh, run
 
 from qwen_moe_jax import QwenMoe, make_mesh
@@ -106,19 +106,7 @@ def test_the_output_gate_is_sliced_with_its_head_and_scarce_key_heads_are_replic
 
 def test_nothing_that_can_be_divided_is_whole_on_a_rank() -> None:
     """Bytes of a rank at the sizes of the 397B, TP=2 EP=4: an eighth but for routers, norms, key heads."""
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "qwen3_5_moe_text",
-            "hidden_size": 4096,
-            "num_hidden_layers": 60,
-            "num_experts": 512,
-            "num_experts_per_tok": 10,
-            "moe_intermediate_size": 1024,
-            "shared_expert_intermediate_size": 1024,
-            "num_attention_heads": 32,
-            "linear_num_value_heads": 64,
-        }
-    )
+    config = ModelConfig.from_dict(QWEN_397B)
     layout = Layout(config, make_mesh(expert=4, tensor=2), shared_expert="sharded")
     whole_bytes = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
     rank_bytes = sum(

@@ -88,3 +88,18 @@ def random_config(seed: int) -> dict[str, Any]:
 def random_ids(config: dict[str, Any], length: int, seed: int) -> np.ndarray:
     """Token ids, int64 [length]."""
     return np.random.default_rng([seed, length]).integers(0, config["vocab_size"], length)
+
+
+# The sizes of Qwen3.5-397B-A17B; what is not named is the default.
+QWEN_397B: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "hidden_size": 4096,
+    "num_hidden_layers": 60,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 1024,
+    "shared_expert_intermediate_size": 1024,
+    "num_attention_heads": 32,
+    "linear_num_value_heads": 64,
+    "max_position_embeddings": 262144,
+}

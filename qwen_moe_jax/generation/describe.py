@@ -1,0 +1,77 @@
+"""A loaded model in words."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from qwen_moe_jax.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.devices import find_device
+from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.memory import DeviceMemory, holding, layout_memory
+from qwen_moe_jax.parallel.mesh import abstract_mesh
+
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class ModelDescription:
+    """What `QwenMoe.describe()` gives; `str()`, and so a notebook's display, is the report.
+
+    Attributes:
+        checkpoint: it was loaded from.
+        backend: the platform it is compiled for.
+        compute: the dtype it computes in.
+        held: the dtype matrices, keys and values are held in.
+        memory: of one device.
+    """
+
+    checkpoint: CheckpointSummary
+    backend: str
+    compute: str
+    held: str
+    memory: DeviceMemory
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self.checkpoint.architecture_lines(),
+                *self.checkpoint.parameter_lines(),
+                f"on {self.backend:<16}computes in {self.compute}; "
+                f"matrices, keys and values held in {self.held}",
+                str(self.memory),
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe_model(
+    folder: Path,
+    config: ModelConfig,
+    compute: jnp.dtype,
+    layout: Layout | None,
+    *,
+    context: int | None = None,
+    device: str | None = None,
+) -> ModelDescription:
+    """Describes a model as loaded: nothing is measured, its sizes follow from configuration and layout.
+
+    Arguments as of `QwenMoe.describe`; layout None means one device.
+    """
+    found = None if device is None else find_device(device)
+    backend = jax.default_backend()
+    summary = inspect_checkpoint(folder, context=context)
+    layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    held = policy.matrix.name
+    return ModelDescription(
+        checkpoint=summary,
+        backend=backend,
+        compute=compute.name,
+        held=held,
+        memory=layout_memory(layout, {held: holding(layout, policy)}, summary.context, found),
+    )
