@@ -1,4 +1,4 @@
-"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert.
+"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize.
 
 An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from. A
 layout that disagrees with one device is exit status 1.
@@ -130,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", help="checkpoint folder or hub id")
     command.add_argument("destination", help="folder to write")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        "quantize",
+        parents=[common],
+        help="write a checkpoint in FP8 with block scales",
+    )
+    command.add_argument("source", help="checkpoint folder or hub id, float32 or bfloat16")
+    command.add_argument("destination", help="folder to write")
+    command.add_argument("--scales", default="bfloat16", help="dtype of the scales: bfloat16 or float32")
+    command.set_defaults(run=_quantize)
     return parser
 
 
@@ -281,6 +291,23 @@ def _convert(options: argparse.Namespace) -> None:
     model = _load(options.source, options)
     model.save_orbax(destination)
     print(f"wrote {destination} ({model.config.num_hidden_layers} layers, {model.dtype})")
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from qwen_moe_jax.checkpoint.inspect import size_in_words
+    from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
+    from qwen_moe_jax.generation.loading import resolve_folder
+
+    source = resolve_folder(options.source)
+    report = quantize_checkpoint(
+        source, options.destination, scale_dtype=options.scales, progress=sys.stderr.isatty()
+    )
+    for family, count in report.skipped.items():
+        print(
+            f"{count} tensors of {family} are not part of text generation and were left out.", file=sys.stderr
+        )
+    before, after = size_in_words(report.source_bytes), size_in_words(report.written_bytes)
+    print(f"wrote {options.destination}: {before} became {after}")
 
 
 if __name__ == "__main__":

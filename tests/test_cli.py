@@ -185,7 +185,7 @@ def test_the_command_in_a_process_of_its_own(checkpoint, reference, tmp_path):
 def test_help_names_every_command_and_explains_its_options(tmp_path, capsys):
     done = run_module("--help", cache=tmp_path)
     assert done.returncode == 0
-    for command in ("generate", "eval", "check", "inspect", "convert"):
+    for command in ("generate", "eval", "check", "inspect", "convert", "quantize"):
         assert command in done.stdout
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])

@@ -23,6 +23,14 @@ _SKIPPED_FAMILIES = ("model.visual", "mtp")
 # Small, and read in float32: everything else is a matrix of a product or a lookup table.
 _VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias")
 
+# Matrices of the layers that FP8 checkpoints keep in their float dtype.
+_UNQUANTISED_ENDINGS = (
+    "mlp.gate.weight",
+    "mlp.shared_expert_gate.weight",
+    "linear_attn.in_proj_a.weight",
+    "linear_attn.in_proj_b.weight",
+)
+
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter of the text model, in the order a token meets them.
@@ -114,6 +122,11 @@ def is_matrix(name: str) -> bool:
     The others (norms, convolution, A_log, dt_bias) are small and keep the precision of their file.
     """
     return not name.endswith(_VECTOR_ENDINGS)
+
+
+def is_block_scaled(name: str) -> bool:
+    """Whether published FP8 checkpoints hold a parameter in float8 with block scales."""
+    return name.startswith("layers.") and is_matrix(name) and not name.endswith(_UNQUANTISED_ENDINGS)
 
 
 def differences(

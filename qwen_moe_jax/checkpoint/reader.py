@@ -122,17 +122,14 @@ def read_targets(
     read: dict[str, jax.Array] = {}
     damaged: list[str] = []
     read_bytes = 0
-    dtypes = {
-        name: max((READABLE_DTYPES[t.dtype] for _, t in source), key=lambda dtype: dtype.itemsize)
-        for name, source in sources.items()
-    }
+    dtypes = {name: source_dtype(source) for name, source in sources.items()}
     rounded: list[str] = []
 
     with tqdm(unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
 
         def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
             nonlocal read_bytes
-            not_finite, count = _read_source(sources[name], box, out)
+            not_finite, count = read_source(sources[name], box, out)
             read_bytes += count
             bar.update(count)
             if dtypes[name].itemsize > out.dtype.itemsize:
@@ -257,7 +254,12 @@ def _position(source: Source) -> tuple[str, int]:
     return str(first.file), first.offset
 
 
-def _read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], int]:
+def source_dtype(source: Source) -> np.dtype:
+    """The widest dtype that any tensor of a parameter is stored in."""
+    return max((READABLE_DTYPES[tensor.dtype] for _, tensor in source), key=lambda dtype: dtype.itemsize)
+
+
+def read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], int]:
     """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read)."""
     damaged, count = [], 0
     for piece, tensor in source:

@@ -7,7 +7,7 @@ bounded pieces, so that writing needs next to no memory beside the parameters.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.checkpoint.layout import differences, hf_key, is_matrix, parameter_shapes
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
 from qwen_moe_jax.config import ModelConfig
@@ -27,7 +28,8 @@ EXTRA_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 # Where the arrays of a checkpoint in Orbax layout lie.
 ORBAX_FOLDER = "orbax"
 
-_FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()}
+_FLOATS = tuple(READABLE_DTYPES.values())
+_FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()} | {E4M3: "F8_E4M3"}
 _PIECE = 1 << 20  # elements converted and written at once
 
 
@@ -63,11 +65,7 @@ def write_safetensors(
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
     shards = _shards(parameters, dtypes, max_shard_bytes)
-    names = (
-        [SINGLE_FILE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    names = shard_names(len(shards))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
     for file, members in zip(names, shards, strict=True):
         _write_file(folder / f"{file}.part", {name: parameters[name] for name in members}, dtypes)
@@ -84,6 +82,13 @@ def write_safetensors(
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     write_side_files(folder, config, np.dtype(dtype), extra_files_from)
+
+
+def shard_names(count: int) -> list[str]:
+    """The files of a checkpoint in so many parts."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def refuse_second_layout(folder: Path, *names: str) -> None:
@@ -116,7 +121,7 @@ def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[
     Raises:
         CheckpointError: a `dtype` that is neither float32 nor bfloat16, or matrices that it cannot hold.
     """
-    if dtype not in _FORMAT_NAMES:
+    if dtype not in _FLOATS:
         raise CheckpointError(f"A checkpoint cannot be written in {dtype}; expected float32 or bfloat16.")
     exact = {name: _goes_exactly(value, dtype) for name, value in parameters.items()}
     lossy = [name for name, fits in exact.items() if not fits and is_matrix(name)]
@@ -128,15 +133,22 @@ def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[
 
 
 def write_side_files(
-    folder: Path, config: ModelConfig, dtype: np.dtype, extra_files_from: str | Path | None
+    folder: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    extra_files_from: str | Path | None,
+    *,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json and copies what else belongs to a checkpoint."""
-    written = dataclasses.replace(config, dtype=dtype.name).to_dict()
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    """Copies what else belongs to a checkpoint, then writes config.json."""
     if extra_files_from is not None and Path(extra_files_from).resolve() != folder.resolve():
         for name in EXTRA_FILES:
             if (Path(extra_files_from) / name).is_file():
                 shutil.copyfile(Path(extra_files_from) / name, folder / name)
+    written = dataclasses.replace(config, dtype=dtype.name).to_dict()
+    if quantization is not None:
+        written["quantization_config"] = dict(quantization)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
@@ -170,21 +182,26 @@ def _shards(
     return shards
 
 
-def _write_file(file: Path, parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> None:
+def encode_header(entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
+    """What a file begins with whose tensors (key, dtype, shape) lie behind it in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
     end = 0
-    for name, value in parameters.items():
-        begin, end = end, end + _nbytes(value, dtypes[name])
-        header[hf_key(name)] = {
-            "dtype": _FORMAT_NAMES[dtypes[name]],
-            "shape": list(value.shape),
+    for key, dtype, shape in entries:
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[key] = {
+            "dtype": _FORMAT_NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [begin, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _write_file(file: Path, parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> None:
+    entries = [(hf_key(name), dtypes[name], value.shape) for name, value in parameters.items()]
     with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
+        stream.write(encode_header(entries))
         for name, value in parameters.items():
             for piece in _pieces(value):
                 stream.write(piece.astype(dtypes[name], copy=False).view(np.uint8).data)

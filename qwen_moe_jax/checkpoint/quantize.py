@@ -1,0 +1,207 @@
+"""From a float checkpoint to one in FP8, file to file, in the layout of the published FP8 models.
+
+Matrices of the layers become float8_e4m3fn with block scales, one tensor an expert; routers, gates, the two
+small projections of Gated DeltaNet, embedding, lm_head and everything that is no matrix stay as they are.
+One matrix is in memory at a time.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from qwen_moe_jax.checkpoint.block_scales import BLOCK, E4M3, quantize, scale_shape
+from qwen_moe_jax.checkpoint.layout import (
+    expert_pieces,
+    hf_key,
+    is_block_scaled,
+    is_matrix,
+    parameter_shapes,
+)
+from qwen_moe_jax.checkpoint.orbax import is_orbax
+from qwen_moe_jax.checkpoint.reader import Source, match_tensors, read_source, source_dtype
+from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, abbreviate, stored_tensors
+from qwen_moe_jax.checkpoint.targets import Box
+from qwen_moe_jax.checkpoint.writer import encode_header, shard_names, write_side_files
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import CheckpointError, InputError
+
+SCALE_DTYPES = {"bfloat16": np.dtype(jnp.bfloat16), "float32": np.dtype(np.float32)}
+
+# Rows of an unquantised tensor copied at once.
+_COPY_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport:
+    """What was written.
+
+    Attributes:
+        source_bytes: of the parameters that were read.
+        written_bytes: of the tensors that were written.
+        skipped: families of tensors that text generation does not use, and that were left out -> tensors.
+    """
+
+    source_bytes: int
+    written_bytes: int
+    skipped: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """A tensor to be written: a box of a parameter, as it is or as values and scales behind each other."""
+
+    key: str
+    name: str
+    box: Box
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    scaled: bool
+
+    def entries(self, scale_dtype: np.dtype) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+        """(key, dtype, shape) of what it becomes in the file."""
+        if not self.scaled:
+            return [(self.key, self.dtype, self.shape)]
+        scales = scale_shape((self.shape[0], self.shape[1]))
+        return [(self.key, E4M3, self.shape), (f"{self.key}_scale_inv", scale_dtype, scales)]
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    scale_dtype: str = "bfloat16",
+    max_shard_bytes: int = 4 << 30,
+    progress: bool = False,
+) -> QuantizeReport:
+    """Writes an FP8 checkpoint; the last file to appear is config.json, without which it is none.
+
+    Args:
+        source: a float32 or bfloat16 checkpoint in Hugging Face layout.
+        destination: a new or empty folder.
+        scale_dtype: "bfloat16", as published, or "float32".
+        max_shard_bytes: of a file; a tensor that is larger gets one of its own.
+        progress: show a bar on standard error.
+
+    Raises:
+        InputError: the destination is not empty, or another dtype of scales.
+        CheckpointError: the source is damaged, in Orbax layout, or does not fit its configuration.
+    """
+    source, destination = Path(source), Path(destination)
+    if scale_dtype not in SCALE_DTYPES:
+        raise InputError(f"scale_dtype is {scale_dtype!r}; expected one of {', '.join(SCALE_DTYPES)}.")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(f"{destination} exists and is not an empty folder; give a new one.")
+    config = ModelConfig.from_file(source)
+    if is_orbax(source):
+        raise CheckpointError(f"{source} is in Orbax layout; give the Hugging Face checkpoint it is from.")
+    shapes = parameter_shapes(config)
+    match = match_tensors(source, stored_tensors(source), shapes)
+    scales = SCALE_DTYPES[scale_dtype]
+    outputs = [out for name, shape in shapes.items() for out in _outputs(name, shape, match.sources[name])]
+    shards = _shards(outputs, scales, max_shard_bytes)
+    names = shard_names(len(shards))
+    destination.mkdir(parents=True, exist_ok=True)
+    source_bytes = written = 0
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="Quantizing", disable=not progress) as bar:
+            for file, members in zip(names, shards, strict=True):
+                entries = [entry for out in members for entry in out.entries(scales)]
+                written += sum(prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+                with (destination / file).open("wb") as stream:
+                    stream.write(encode_header(entries))
+                    for out in members:
+                        count = _write(stream, out, match.sources[out.name], scales)
+                        source_bytes += count
+                        bar.update(count)
+    except BaseException:
+        for file in names:
+            (destination / file).unlink(missing_ok=True)
+        raise
+    if len(names) > 1:
+        weight_map = {
+            key: file
+            for file, members in zip(names, shards, strict=True)
+            for out in members
+            for key, _, _ in out.entries(scales)
+        }
+        index = {"metadata": {"total_size": written}, "weight_map": weight_map}
+        (destination / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    dtypes = [source_dtype(match.sources[name]) for name in shapes if is_matrix(name)]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    write_side_files(destination, config, widest, source, quantization=_quantization_config(outputs))
+    return QuantizeReport(source_bytes, written, match.skipped)
+
+
+def _outputs(name: str, shape: tuple[int, ...], source: Source) -> Iterator[_Output]:
+    dtype = source_dtype(source)
+    if not is_block_scaled(name):
+        yield _Output(hf_key(name), name, tuple(slice(0, n) for n in shape), shape, dtype, False)
+        return
+    for piece in expert_pieces(name, shape):
+        extent = (1,) * (len(shape) - len(piece.shape)) + piece.shape
+        box = tuple(slice(o, o + n) for o, n in zip(piece.origin, extent, strict=True))
+        yield _Output(hf_key(piece.name), name, box, piece.shape, dtype, True)
+    if ".experts." not in name:
+        yield _Output(hf_key(name), name, tuple(slice(0, n) for n in shape), shape, dtype, True)
+
+
+def _shards(outputs: list[_Output], scales: np.dtype, limit: int) -> list[list[_Output]]:
+    """In order; a matrix and its scales lie in the same file."""
+    shards: list[list[_Output]] = [[]]
+    room = limit
+    for out in outputs:
+        size = sum(prod(shape) * dtype.itemsize for _, dtype, shape in out.entries(scales))
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(out)
+        room -= size
+    return shards
+
+
+def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> int:
+    """Reads a tensor and writes it: bytes read."""
+    extent = tuple(s.stop - s.start for s in out.box)
+    if out.scaled:
+        matrix = np.empty(extent, np.float32)
+        count = _read(source, out.box, matrix)
+        for part in quantize(matrix.reshape(out.shape), scales):
+            stream.write(part.reshape(-1).view(np.uint8).data)
+        return count
+    count = 0
+    rows = max(1, _COPY_BYTES // max(1, prod(extent[1:]) * out.dtype.itemsize))
+    for first in range(0, extent[0], rows):
+        box = (slice(first, min(first + rows, extent[0])), *out.box[1:])
+        part = np.empty((box[0].stop - first, *extent[1:]), out.dtype)
+        count += _read(source, box, part)
+        stream.write(part.reshape(-1).view(np.uint8).data)
+    return count
+
+
+def _read(source: Source, box: Box, out: np.ndarray) -> int:
+    damaged, count = read_source(source, box, out)
+    if damaged:
+        raise CheckpointError(
+            f"{source[0][1].file.parent} holds NaN or infinite values in {abbreviate(damaged)}; the weights "
+            "are damaged."
+        )
+    return count
+
+
+def _quantization_config(outputs: list[_Output]) -> dict[str, Any]:
+    """As the published models have it; modules that stayed as they were are named one by one."""
+    kept = [out.key for out in outputs if not out.scaled and out.key.endswith(".weight")]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [key.removesuffix(".weight") for key in kept if "norm." not in key],
+    }
