@@ -285,9 +285,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from qwen_moe_jax.checkpoint.writer import require_new_folder
+
     destination = Path(options.destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists and is not an empty folder; give a new one.")
+    require_new_folder(destination)
     model = _load(options.source, options)
     model.save_orbax(destination)
     print(f"wrote {destination} ({model.config.num_hidden_layers} layers, {model.dtype})")

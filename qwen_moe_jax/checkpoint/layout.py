@@ -154,6 +154,17 @@ class Piece:
     shape: tuple[int, ...]
     origin: tuple[int, ...]
 
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """Where it lies in the parameter: one slice a dimension, of one element in those it lacks."""
+        extent = (1,) * (len(self.origin) - len(self.shape)) + self.shape
+        return tuple(slice(o, o + n) for o, n in zip(self.origin, extent, strict=True))
+
+
+def whole_piece(name: str, shape: tuple[int, ...]) -> Piece:
+    """A parameter that is one tensor."""
+    return Piece(name, shape, (0,) * len(shape))
+
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     """What a fused expert stack is made of in the layout of one matrix an expert; [] for other parameters.

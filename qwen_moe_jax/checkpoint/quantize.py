@@ -6,7 +6,6 @@ One matrix is in memory at a time.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -23,12 +22,22 @@ from qwen_moe_jax.checkpoint.layout import (
     is_block_scaled,
     is_matrix,
     parameter_shapes,
+    whole_piece,
 )
 from qwen_moe_jax.checkpoint.orbax import is_orbax
-from qwen_moe_jax.checkpoint.reader import Source, match_tensors, read_source, source_dtype
-from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, abbreviate, stored_tensors
+from qwen_moe_jax.checkpoint.reader import Source, check_tied_head, match_tensors, read_source, source_dtype
+from qwen_moe_jax.checkpoint.safetensors_files import abbreviate, stored_tensors
 from qwen_moe_jax.checkpoint.targets import Box
-from qwen_moe_jax.checkpoint.writer import encode_header, shard_names, write_side_files
+from qwen_moe_jax.checkpoint.writer import (
+    Entry,
+    encode_header,
+    entries_bytes,
+    into_shards,
+    require_new_folder,
+    shard_names,
+    write_index,
+    write_side_files,
+)
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
 
@@ -64,8 +73,8 @@ class _Output:
     dtype: np.dtype
     scaled: bool
 
-    def entries(self, scale_dtype: np.dtype) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
-        """(key, dtype, shape) of what it becomes in the file."""
+    def entries(self, scale_dtype: np.dtype) -> list[Entry]:
+        """What it becomes in the file; values and scales stay together."""
         if not self.scaled:
             return [(self.key, self.dtype, self.shape)]
         scales = scale_shape((self.shape[0], self.shape[1]))
@@ -96,74 +105,44 @@ def quantize_checkpoint(
     source, destination = Path(source), Path(destination)
     if scale_dtype not in SCALE_DTYPES:
         raise InputError(f"scale_dtype is {scale_dtype!r}; expected one of {', '.join(SCALE_DTYPES)}.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists and is not an empty folder; give a new one.")
+    require_new_folder(destination)
     config = ModelConfig.from_file(source)
     if is_orbax(source):
         raise CheckpointError(f"{source} is in Orbax layout; give the Hugging Face checkpoint it is from.")
     shapes = parameter_shapes(config)
     match = match_tensors(source, stored_tensors(source), shapes)
+    check_tied_head(source, match)
     scales = SCALE_DTYPES[scale_dtype]
     outputs = [out for name, shape in shapes.items() for out in _outputs(name, shape, match.sources[name])]
-    shards = _shards(outputs, scales, max_shard_bytes)
-    names = shard_names(len(shards))
+    parts = into_shards(outputs, lambda out: entries_bytes(out.entries(scales)), max_shard_bytes)
+    shards = dict(zip(shard_names(len(parts)), parts, strict=True))
+    entries = {file: [e for out in members for e in out.entries(scales)] for file, members in shards.items()}
     destination.mkdir(parents=True, exist_ok=True)
-    source_bytes = written = 0
+    source_bytes = 0
     try:
         with tqdm(unit="B", unit_scale=True, desc="Quantizing", disable=not progress) as bar:
-            for file, members in zip(names, shards, strict=True):
-                entries = [entry for out in members for entry in out.entries(scales)]
-                written += sum(prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+            for file, members in shards.items():
                 with (destination / file).open("wb") as stream:
-                    stream.write(encode_header(entries))
+                    stream.write(encode_header(entries[file]))
                     for out in members:
                         count = _write(stream, out, match.sources[out.name], scales)
                         source_bytes += count
                         bar.update(count)
     except BaseException:
-        for file in names:
+        for file in shards:
             (destination / file).unlink(missing_ok=True)
         raise
-    if len(names) > 1:
-        weight_map = {
-            key: file
-            for file, members in zip(names, shards, strict=True)
-            for out in members
-            for key, _, _ in out.entries(scales)
-        }
-        index = {"metadata": {"total_size": written}, "weight_map": weight_map}
-        (destination / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(destination, entries)
     dtypes = [source_dtype(match.sources[name]) for name in shapes if is_matrix(name)]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     write_side_files(destination, config, widest, source, quantization=_quantization_config(outputs))
-    return QuantizeReport(source_bytes, written, match.skipped)
+    return QuantizeReport(source_bytes, sum(map(entries_bytes, entries.values())), match.skipped)
 
 
 def _outputs(name: str, shape: tuple[int, ...], source: Source) -> Iterator[_Output]:
-    dtype = source_dtype(source)
-    if not is_block_scaled(name):
-        yield _Output(hf_key(name), name, tuple(slice(0, n) for n in shape), shape, dtype, False)
-        return
-    for piece in expert_pieces(name, shape):
-        extent = (1,) * (len(shape) - len(piece.shape)) + piece.shape
-        box = tuple(slice(o, o + n) for o, n in zip(piece.origin, extent, strict=True))
-        yield _Output(hf_key(piece.name), name, box, piece.shape, dtype, True)
-    if ".experts." not in name:
-        yield _Output(hf_key(name), name, tuple(slice(0, n) for n in shape), shape, dtype, True)
-
-
-def _shards(outputs: list[_Output], scales: np.dtype, limit: int) -> list[list[_Output]]:
-    """In order; a matrix and its scales lie in the same file."""
-    shards: list[list[_Output]] = [[]]
-    room = limit
-    for out in outputs:
-        size = sum(prod(shape) * dtype.itemsize for _, dtype, shape in out.entries(scales))
-        if size > room and shards[-1]:
-            shards.append([])
-            room = limit
-        shards[-1].append(out)
-        room -= size
-    return shards
+    dtype, scaled = source_dtype(source), is_block_scaled(name)
+    for piece in (scaled and expert_pieces(name, shape)) or [whole_piece(name, shape)]:
+        yield _Output(hf_key(piece.name), name, piece.box, piece.shape, dtype, scaled)
 
 
 def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> int:

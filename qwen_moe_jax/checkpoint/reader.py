@@ -16,6 +16,7 @@ from qwen_moe_jax.checkpoint.layout import (
     hf_key,
     is_matrix,
     skipped_family,
+    whole_piece,
 )
 from qwen_moe_jax.checkpoint.safetensors_files import (
     READABLE_DTYPES,
@@ -113,12 +114,8 @@ def read_targets(
         CheckpointError: a file is damaged, or keys, shapes, dtypes or values do not fit (all are named).
     """
     match = match_tensors(folder, stored_tensors(folder), shapes)
+    check_tied_head(folder, match)
     sources = match.sources
-    if match.tied_head is not None and not _equal(match.tied_head, sources["embed_tokens.weight"][0][1]):
-        raise CheckpointError(
-            f"{folder} holds an lm_head.weight that differs from the embedding, to which config.json ties it "
-            "(tie_word_embeddings is true)."
-        )
     read: dict[str, jax.Array] = {}
     damaged: list[str] = []
     read_bytes = 0
@@ -151,6 +148,21 @@ def read_targets(
         dtypes=dtypes,
     )
     return {name: read[name] for name in targets}, report
+
+
+def check_tied_head(folder: str | Path, match: Match) -> None:
+    """Reads a stored `lm_head` that the configuration ties to the embedding.
+
+    Raises:
+        CheckpointError: it is another matrix.
+    """
+    if match.tied_head is not None and not _equal(
+        match.tied_head, match.sources["embed_tokens.weight"][0][1]
+    ):
+        raise CheckpointError(
+            f"{folder} holds an lm_head.weight that differs from the embedding, to which config.json ties it "
+            "(tie_word_embeddings is true)."
+        )
 
 
 def checkpoint_dtype(folder: str | Path) -> str:
@@ -240,7 +252,7 @@ def _pieces(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor
     split = expert_pieces(name, shape)
     if name not in stored and any(piece.name in stored for piece in split):
         return split
-    return [Piece(name, shape, (0,) * len(shape))]
+    return [whole_piece(name, shape)]
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -265,10 +277,8 @@ def read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], i
     for piece, tensor in source:
         # leading dimensions that the tensor lacks are the piece's own place in the parameter
         extra = len(piece.origin) - len(piece.shape)
-        extent = (1,) * extra + piece.shape
         common = tuple(
-            slice(max(s.start, o), min(s.stop, o + n))
-            for s, o, n in zip(box, piece.origin, extent, strict=True)
+            slice(max(s.start, p.start), min(s.stop, p.stop)) for s, p in zip(box, piece.box, strict=True)
         )
         if any(s.start >= s.stop for s in common):
             continue

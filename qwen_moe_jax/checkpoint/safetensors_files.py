@@ -8,6 +8,7 @@ page it touched resident beside the converted copy.
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -111,10 +112,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{index} is damaged: expected a JSON object with a weight_map of keys to shard files."
         ) from None
-    strange = sorted(shown(key) for key in weight_map if not _plain_key(key))
+    strange = sorted(key for key in weight_map if not _plain_key(key))
     if strange:
         raise CheckpointError(f"{index} is damaged: it names {abbreviate(strange)}; copy it again.")
-    outside = sorted(shown(n) for n in names if not _plain_name(n))
+    outside = sorted(str(n) for n in names if not _plain_name(n))
     if outside:
         raise CheckpointError(f"{index} names {abbreviate(outside)}; expected files in the same folder.")
     return weight_map
@@ -143,8 +144,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON text, whose keys must differ: Python would keep the last value without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise _Twice(shown(next(key for i, key in enumerate(names) if key in names[:i])))
+        counts = Counter(key for key, _ in pairs)
+        raise _Twice(shown(next(key for key, count in counts.items() if count > 1)))
     return found
 
 

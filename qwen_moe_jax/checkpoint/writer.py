@@ -7,10 +7,10 @@ bounded pieces, so that writing needs next to no memory beside the parameters.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,17 @@ from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.checkpoint.layout import differences, hf_key, is_matrix, parameter_shapes
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.errors import CheckpointError, InputError
 
 # What belongs to a checkpoint besides weights and config.json.
 EXTRA_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 # Where the arrays of a checkpoint in Orbax layout lie.
 ORBAX_FOLDER = "orbax"
+
+# (key, dtype, shape) of a tensor in a file
+Entry = tuple[str, np.dtype, tuple[int, ...]]
+T = TypeVar("T")
 
 _FLOATS = tuple(READABLE_DTYPES.values())
 _FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()} | {E4M3: "F8_E4M3"}
@@ -64,23 +68,18 @@ def write_safetensors(
     refuse_second_layout(folder, ORBAX_FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
-    shards = _shards(parameters, dtypes, max_shard_bytes)
-    names = shard_names(len(shards))
+    entries = [(hf_key(name), dtypes[name], value.shape) for name, value in parameters.items()]
+    values = dict(zip((key for key, _, _ in entries), parameters.values(), strict=True))
+    parts = into_shards(entries, lambda entry: entries_bytes([entry]), max_shard_bytes)
+    shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
-    for file, members in zip(names, shards, strict=True):
-        _write_file(folder / f"{file}.part", {name: parameters[name] for name in members}, dtypes)
+    for file, members in shards.items():
+        _write_file(folder / f"{file}.part", members, values)
     for stale in (folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)
-    for file in names:
+    for file in shards:
         (folder / f"{file}.part").replace(folder / file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(_nbytes(parameters[n], dtypes[n]) for n in parameters)},
-            "weight_map": {
-                hf_key(name): file for file, members in zip(names, shards, strict=True) for name in members
-            },
-        }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, shards)
     write_side_files(folder, config, np.dtype(dtype), extra_files_from)
 
 
@@ -89,6 +88,12 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raises InputError unless the folder does not exist yet or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; give a new one.")
 
 
 def refuse_second_layout(folder: Path, *names: str) -> None:
@@ -163,26 +168,36 @@ def _goes_exactly(value: jax.Array, dtype: np.dtype) -> bool:
     return all(np.array_equal(piece.astype(dtype).astype(piece.dtype), piece) for piece in _pieces(value))
 
 
-def _nbytes(value: jax.Array, dtype: np.dtype) -> int:
-    return prod(value.shape) * dtype.itemsize
-
-
-def _shards(
-    parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype], limit: int
-) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def into_shards(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Items in their order, cut where a file would exceed `limit` bytes; a larger one is alone in its file."""
+    shards: list[list[T]] = [[]]
     room = limit
-    for name, value in parameters.items():
-        size = _nbytes(value, dtypes[name])
-        if size > room and shards[-1]:
+    for item in items:
+        if size(item) > room and shards[-1]:
             shards.append([])
             room = limit
-        shards[-1].append(name)
-        room -= size
+        shards[-1].append(item)
+        room -= size(item)
     return shards
 
 
-def encode_header(entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
+def write_index(folder: Path, shards: Mapping[str, list[Entry]]) -> None:
+    """The index of a checkpoint of these files; a single one needs none."""
+    if len(shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(map(entries_bytes, shards.values()))},
+        "weight_map": {key: file for file, entries in shards.items() for key, _, _ in entries},
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def entries_bytes(entries: Iterable[Entry]) -> int:
+    """Bytes of tensors in a file."""
+    return sum(prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+
+
+def encode_header(entries: Iterable[Entry]) -> bytes:
     """What a file begins with whose tensors (key, dtype, shape) lie behind it in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
     end = 0
@@ -198,10 +213,9 @@ def encode_header(entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> b
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _write_file(file: Path, parameters: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> None:
-    entries = [(hf_key(name), dtypes[name], value.shape) for name, value in parameters.items()]
+def _write_file(file: Path, entries: list[Entry], values: Mapping[str, jax.Array]) -> None:
     with file.open("wb") as stream:
         stream.write(encode_header(entries))
-        for name, value in parameters.items():
-            for piece in _pieces(value):
-                stream.write(piece.astype(dtypes[name], copy=False).view(np.uint8).data)
+        for key, dtype, _ in entries:
+            for piece in _pieces(values[key]):
+                stream.write(piece.astype(dtype, copy=False).view(np.uint8).data)

@@ -76,7 +76,7 @@ class MeshRanks:
 
     def shared_part(self, output: jax.Array) -> jax.Array:
         """By mode: a sum of its own, a share of the routed experts' sum, or an equal part of it a rank."""
-        if self.shared_expert == "prescaled" and self.expert_dispatch == "psum" and not self.exact:
+        if self.shared_expert == "prescaled" and self.expert_dispatch == "psum":
             return as_part(divided_among(output, self.expert_axes), (*self.expert_axes, *self.tensor_axes))
         return as_part(output, self.shared_axes)
 

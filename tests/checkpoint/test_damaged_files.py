@@ -127,6 +127,14 @@ def test_a_tensor_that_is_there_twice_is_named(tmp_path):
     assert "holds model.norm.weight twice" in error_of(tmp_path)
 
 
+def test_a_doubled_tensor_among_very_many_is_found_at_once(tmp_path):
+    """As many as the 397B has with one matrix an expert: time in proportion to their number."""
+    entries = [f'"t{i}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}' for i in range(100_000)]
+    header = ("{" + ", ".join([*entries, entries[-1]]) + "}").encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "holds t99999 twice" in error_of(tmp_path)
+
+
 def test_a_key_that_the_index_has_twice_is_named(sharded):
     text = (sharded / INDEX).read_text()
     first = next(iter(json.loads(text)["weight_map"].items()))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import edit, multimodal_reference
+from checkpoint_cases import TIED_SEED, edit, multimodal_reference, reference
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.configs import random_config
@@ -16,7 +16,7 @@ from transformers import Qwen3_5MoeForCausalLM
 from qwen_moe_jax.checkpoint.block_scales import BLOCK, dequantize, quantize, scale_shape
 from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
 from qwen_moe_jax.cli import main
-from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
 
 SCALES = {"bfloat16": np.dtype(jnp.bfloat16), "float32": np.dtype(np.float32)}
 SHAPES = [(1, 1), (128, 128), (129, 127), (300, 50), (7, 513), (256, 384)]
@@ -209,5 +209,14 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_left(tmp_path):
     # and an FP8 checkpoint is no float one
     _, good = saved(tmp_path / "good", 1, torch.float32)
     quantize_checkpoint(good, tmp_path / "fp8")
-    with pytest.raises(InputError.__mro__[1], match="quant_method 'fp8'"):
+    with pytest.raises(ConfigError, match="quant_method 'fp8'"):
         quantize_checkpoint(tmp_path / "fp8", tmp_path / "again")
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    reference(TIED_SEED).save_pretrained(tmp_path / "tied")
+    embedding = load_file(tmp_path / "tied" / "model.safetensors")["model.embed_tokens.weight"]
+    edit(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight that differs from the embedding"):
+        quantize_checkpoint(tmp_path / "tied", tmp_path / "fp8")
+    assert not (tmp_path / "fp8").exists()

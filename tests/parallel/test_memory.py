@@ -35,6 +35,20 @@ def test_bytes_are_those_of_the_arrays_on_a_device(sizes: tuple[int, int, int], 
     assert held.sequence(100) == row
 
 
+def test_inspect_prints_what_a_device_of_a_mesh_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(mesh_case(SEED).folder)
+    assert main(["inspect", folder, "--expert", "64", "--context", "100"]) == 0
+    assert "a device of the mesh data 1 x expert 64 x tensor 1" in capsys.readouterr().out
+    model = on_mesh(SEED, 1, 2, 2, shared_expert="prescaled")
+    held = sum(value.addressable_shards[0].data.nbytes for value in model._parameters.values())
+    layers = model.engine.new_cache(1, 100).layers
+    row = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(layers))
+    assert main(["inspect", folder, "--expert", "2", "--tensor", "2", "--context", "100"]) == 0
+    in_float32 = capsys.readouterr().out.split("  in float32")[-1]
+    assert f"weights        {held / 1024:.4g} KiB:" in in_float32
+    assert f"{row / 1024:.4g} KiB with 100 tokens" in in_float32
+
+
 @pytest.mark.parametrize("choices", [{}, {"attention": "data"}])
 def test_the_largest_batch_fits_and_one_row_more_does_not(choices: dict) -> None:
     config = ModelConfig.from_dict(QWEN_397B)
