@@ -169,7 +169,7 @@ def _goes_exactly(value: jax.Array, dtype: np.dtype) -> bool:
 
 
 def into_shards(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """Items in their order, cut where a file would exceed `limit` bytes; a larger one is alone in its file."""
+    """Items in their order, cut where a file would exceed `limit` bytes; a larger one is alone in one."""
     shards: list[list[T]] = [[]]
     room = limit
     for item in items:
