@@ -17,11 +17,10 @@ from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
-from qwen_moe_jax.checkpoint.targets import whole
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
-from qwen_moe_jax.generation.loading import read_weights
+from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.model.cache import empty_cache
-from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
+from qwen_moe_jax.model.decoder import Decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder
@@ -191,8 +190,7 @@ class _Reader:
         if layout is not None:
             targets = layout.targets(self.policy)
         else:
-            structs = named_parameters(abstract_decoder(self.config, self.policy, "cpu"))
-            targets = {name: whole(name, struct) for name, struct in structs.items()}
+            targets = whole_decoder(self.config, self.policy, "cpu")[1]
         wanted = {name: targets[name] for name in names if name in targets}
         return read_weights(self.folder, self.config, self.policy, wanted)[0]
 
@@ -215,7 +213,7 @@ class _Side:
         """The abstract decoder with other layers."""
         config = dataclasses.replace(self.config, num_hidden_layers=len(layer_types), layer_types=layer_types)
         if self.layout is None:
-            return abstract_decoder(config, self.policy, self.backend)
+            return whole_decoder(config, self.policy, self.backend)[0]
         return layout_decoder(dataclasses.replace(self.layout, config=config), self.policy, self.backend)
 
     def compiled(
@@ -339,7 +337,7 @@ class _Layer:
             # fused, the last slot of every rank is the shared expert
             is_shared = (np.arange(value.shape[0]) % slots == slots - 1) & fused
             keep = is_shared if branch == "routed" else ~is_shared
-            return self.parameters | {stack: value * keep[:, None, None].astype(value.dtype)}
+            return self.parameters | {stack: jnp.where(keep[:, None, None], value, jnp.zeros_like(value))}
         return self.parameters | {shared: jnp.zeros_like(self.parameters[shared])}
 
     def router_margin(self, x: np.ndarray) -> np.ndarray:

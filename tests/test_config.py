@@ -17,7 +17,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 SAME_NAME = [
     field.name
     for field in dataclasses.fields(ModelConfig)
-    if field.name not in ("rope", "layer_types", "eos_token_ids", "dtype")
+    if field.name not in ("rope", "layer_types", "eos_token_ids", "dtype", "float8")
 ]
 
 
@@ -161,7 +161,7 @@ def test_derived_widths():
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype is 'bfloat16'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"torch_dtype": "float64"}, "dtype is 'float64'"),

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from qwen_moe_jax.checkpoint.layout import canonical_name, is_matrix, parameter_shapes, skipped_family
+from qwen_moe_jax.checkpoint.layout import (
+    canonical_name,
+    is_matrix,
+    is_scale,
+    parameter_shapes,
+    scale_name,
+    skipped_family,
+)
 from qwen_moe_jax.checkpoint.orbax import check_arrays, is_orbax, stored_arrays
 from qwen_moe_jax.checkpoint.reader import match_tensors
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, stored_tensors
@@ -153,12 +160,17 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
         folder=folder,
         config=config,
         layout=layout,
-        parameters=by_component({name: prod(shape) for name, shape in shapes.items()}),
-        active_parameters=by_component({n: _active(config, n, s) for n, s in shapes.items()}),
+        parameters=by_component({n: prod(s) for n, s in shapes.items() if not is_scale(n)}),
+        active_parameters=by_component(
+            {n: _active(config, n, s) for n, s in shapes.items() if not is_scale(n)}
+        ),
         stored_bytes=stored,
         skipped_bytes=skipped,
         loaded_bytes={
-            dtype: sum(prod(s) * (size if is_matrix(n) else 4) for n, s in shapes.items())
+            f"float8 and {dtype}" if config.float8 else dtype: sum(
+                prod(s) * (1 if scale_name(n) in shapes else size if is_matrix(n) else 4)
+                for n, s in shapes.items()
+            )
             for dtype, size in itemsizes.items()
         },
         kv_bytes_per_token={dtype: kv * size for dtype, size in itemsizes.items()},

@@ -10,7 +10,9 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+from qwen_moe_jax.checkpoint.block_scales import BLOCK, scale_shape
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 
 _MULTIMODAL_PREFIX = "model.language_model."
@@ -21,7 +23,10 @@ _LM_HEAD = "lm_head.weight"
 _SKIPPED_FAMILIES = ("model.visual", "mtp")
 
 # Small, and read in float32: everything else is a matrix of a product or a lookup table.
-_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias")
+_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", "_scale_inv")
+
+# Behind the name of a float8 matrix, the name of its scales, which it is to be multiplied with.
+_SCALE = "_scale_inv"
 
 # Matrices of the layers that FP8 checkpoints keep in their float dtype.
 _UNQUANTISED_ENDINGS = (
@@ -35,7 +40,7 @@ _UNQUANTISED_ENDINGS = (
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter of the text model, in the order a token meets them.
 
-    `lm_head.weight` is absent when it is tied to the embedding.
+    `lm_head.weight` is absent when it is tied to the embedding. A matrix in float8 is followed by its scales.
     """
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
@@ -47,7 +52,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "post_attention_layernorm.weight": (hidden,),
             **_moe_shapes(config),
         }
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+        for part, shape in block.items():
+            name = f"layers.{layer}.{part}"
+            shapes[name] = shape
+            if config.float8 and is_block_scaled(name):
+                shapes[scale_name(name)] = _scale_shape(name, shape)
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[_LM_HEAD] = (config.vocab_size, hidden)
@@ -116,6 +125,29 @@ def skipped_family(hf_key: str) -> str | None:
     return next((family for family in _SKIPPED_FAMILIES if hf_key.startswith(family + ".")), None)
 
 
+def scale_name(name: str) -> str:
+    """The parameter that a float8 matrix's scales are."""
+    return name + _SCALE
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter is the scales of a matrix."""
+    return name.endswith(_SCALE)
+
+
+def matrix_name(name: str) -> str:
+    """The matrix that a parameter is the scales of, or the parameter itself."""
+    return name.removesuffix(_SCALE)
+
+
+def _scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A scale for each block; gate and up rows of an expert, matrices of their own, do not share any."""
+    *stack, rows, columns = shape
+    parts = 2 if name.endswith("gate_up_proj") else 1
+    down, across = scale_shape((rows // parts, columns))
+    return (*stack, parts * down, across)
+
+
 def is_matrix(name: str) -> bool:
     """Whether a parameter is a matrix of a product or a lookup table, so that it is held in the matrix dtype.
 
@@ -127,6 +159,23 @@ def is_matrix(name: str) -> bool:
 def is_block_scaled(name: str) -> bool:
     """Whether published FP8 checkpoints hold a parameter in float8 with block scales."""
     return name.startswith("layers.") and is_matrix(name) and not name.endswith(_UNQUANTISED_ENDINGS)
+
+
+def quantization_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json's entry on a checkpoint in float8, as the published models have it: modules that stay as
+    they were are named one by one."""
+    kept = [
+        name
+        for name in parameter_shapes(config)
+        if name.endswith(".weight") and not name.endswith("norm.weight") and not is_block_scaled(name)
+    ]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [hf_key(name).removesuffix(".weight") for name in kept],
+    }
 
 
 def differences(
@@ -171,16 +220,17 @@ def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
 
     Args:
         name: canonical name.
-        shape: of the parameter, [experts, out, in].
+        shape: of the parameter, [experts, out, in], or of its scales.
     """
     if ".experts." not in name:
         return []
     stack, projection = name.rsplit(".", 1)
+    projection, ending = projection.removesuffix(_SCALE), _SCALE if is_scale(name) else ""
     experts, out, width = shape
     parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
     part_shape = (out // len(parts), width)
     return [
-        Piece(f"{stack}.{expert}.{part}.weight", part_shape, (expert, i * part_shape[0], 0))
+        Piece(f"{stack}.{expert}.{part}.weight{ending}", part_shape, (expert, i * part_shape[0], 0))
         for expert in range(experts)
         for i, part in enumerate(parts)
     ]

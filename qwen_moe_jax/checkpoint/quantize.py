@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.block_scales import BLOCK, E4M3, quantize, scale_shape
+from qwen_moe_jax.checkpoint.block_scales import E4M3, quantize, scale_shape
 from qwen_moe_jax.checkpoint.layout import (
     expert_pieces,
     hf_key,
@@ -109,6 +109,8 @@ def quantize_checkpoint(
     config = ModelConfig.from_file(source)
     if is_orbax(source):
         raise CheckpointError(f"{source} is in Orbax layout; give the Hugging Face checkpoint it is from.")
+    if config.float8:
+        raise CheckpointError(f"{source} is in FP8 already; give a float32 or bfloat16 checkpoint.")
     shapes = parameter_shapes(config)
     match = match_tensors(source, stored_tensors(source), shapes)
     check_tied_head(source, match)
@@ -135,7 +137,7 @@ def quantize_checkpoint(
     write_index(destination, entries)
     dtypes = [source_dtype(match.sources[name]) for name in shapes if is_matrix(name)]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    write_side_files(destination, config, widest, source, quantization=_quantization_config(outputs))
+    write_side_files(destination, dataclasses.replace(config, float8=True), widest, source)
     return QuantizeReport(source_bytes, sum(map(entries_bytes, entries.values())), match.skipped)
 
 
@@ -172,15 +174,3 @@ def _read(source: Source, box: Box, out: np.ndarray) -> int:
             "are damaged."
         )
     return count
-
-
-def _quantization_config(outputs: list[_Output]) -> dict[str, Any]:
-    """As the published models have it; modules that stayed as they were are named one by one."""
-    kept = [out.key for out in outputs if not out.scaled and out.key.endswith(".weight")]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [key.removesuffix(".weight") for key in kept if "norm." not in key],
-    }

@@ -15,6 +15,7 @@ from qwen_moe_jax.checkpoint.layout import (
     expert_pieces,
     hf_key,
     is_matrix,
+    scale_name,
     skipped_family,
     whole_piece,
 )
@@ -48,6 +49,10 @@ class ReadReport:
     rounded: tuple[str, ...]
     dtypes: dict[str, np.dtype]
 
+
+# Dtypes of a float8 matrix, and of everything else.
+_FLOAT8 = ("F8_E4M3",)
+_FLOATS = ("F32", "BF16")
 
 # A parameter's tensors in the files, with the place of each in the parameter.
 Source = list[tuple[Piece, StoredTensor]]
@@ -97,6 +102,7 @@ def read_targets(
     """Reads every target, one at a time, and of each what this process's devices hold of it.
 
     bfloat16 held as float32 is exact; float32 held as bfloat16 is rounded to nearest even and reported.
+    float8 is held as float8.
     Both prefixes and both layouts of experts are read (see `layout`). A tied checkpoint may hold an `lm_head`
     equal to its embedding.
 
@@ -168,20 +174,22 @@ def check_tied_head(folder: str | Path, match: Match) -> None:
 def checkpoint_dtype(folder: str | Path) -> str:
     """The dtype that most of the matrices' bytes are stored in, "float32" or "bfloat16"; headers only.
 
+    Matrices in float8 do not count: what is beside them says what to compute in.
+
     Raises:
         CheckpointError: as `stored_tensors`; or it is another dtype, or there are no matrices.
     """
     weight: Counter[str] = Counter()
     for key, tensor in stored_tensors(folder).items():
         name = canonical_name(key)
-        if name is not None and is_matrix(name):
+        if name is not None and is_matrix(name) and tensor.dtype not in _FLOAT8:
             weight[tensor.dtype] += tensor.nbytes
     if not weight:
         raise CheckpointError(
             f"{folder} holds no text model; expected keys such as {hf_key('embed_tokens.weight')}."
         )
     dtype = weight.most_common(1)[0][0]
-    if dtype not in READABLE_DTYPES:
+    if dtype not in _FLOATS:
         raise CheckpointError(f"{folder} is stored in {dtype}; only F32 and BF16 weights can be loaded.")
     return READABLE_DTYPES[dtype].name
 
@@ -216,6 +224,7 @@ def match_tensors(
     sources: dict[str, Source] = {}
     missing, misshapen, unreadable = [], [], []
     unused = dict(by_name)
+    scaled = {name for name in shapes if scale_name(name) in shapes}
     for name, shape in shapes.items():
         sources[name] = []
         for piece in _pieces(name, shape, by_name):
@@ -225,8 +234,9 @@ def match_tensors(
                 continue
             if tensor.shape != piece.shape:
                 misshapen.append(f"{tensor.key} is {list(tensor.shape)} instead of {list(piece.shape)}")
-            if tensor.dtype not in READABLE_DTYPES:
-                unreadable.append(f"{tensor.key} is {tensor.dtype}")
+            expected = _FLOAT8 if name in scaled else _FLOATS
+            if tensor.dtype not in expected:
+                unreadable.append(f"{tensor.key} is {tensor.dtype} instead of {' or '.join(expected)}")
             sources[name].append((piece, tensor))
     tied_head = unused.pop("lm_head.weight", None) if "embed_tokens.weight" in shapes else None
     unexpected += [tensor.key for tensor in unused.values()]
@@ -238,7 +248,7 @@ def match_tensors(
             ("unexpected keys", unexpected),
             ("keys under both prefixes", twice),
             ("wrong shapes", misshapen),
-            ("dtypes other than F32 and BF16", unreadable),
+            ("wrong dtypes", unreadable),
         )
         if found
     ]
@@ -256,7 +266,7 @@ def _pieces(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape or a.dtype not in READABLE_DTYPES:
+    if a.shape != b.shape or a.dtype not in _FLOATS:
         return False
     return all(np.array_equal(x, y) for x, y in zip(iter_float32(a), iter_float32(b), strict=True))
 

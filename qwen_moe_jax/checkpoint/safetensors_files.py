@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 
 SINGLE_FILE = "model.safetensors"
@@ -26,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 READABLE_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": E4M3,
 }
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -45,6 +47,13 @@ _FOREIGN = {
     b"\x80": "a Python pickle (as torch.save writes), which can run any code when it is opened",
     b"PK\x03\x04": "a zip archive (as torch.save writes), whose pickle can run any code when it is opened",
     b"GGUF": "a GGUF file (llama.cpp)",
+}
+
+# dtype -> unsigned integers of its width, their bits but the sign, and the least of these that is not finite
+_NOT_FINITE: dict[np.dtype, tuple[Any, int, int]] = {
+    READABLE_DTYPES["F32"]: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    READABLE_DTYPES["BF16"]: (np.uint16, 0x7FFF, 0x7F80),
+    READABLE_DTYPES["F8_E4M3"]: (np.uint8, 0x7F, 0x7F),
 }
 
 # Elements converted at once: small enough for the caches, large enough that a read's cost vanishes.
@@ -261,9 +270,9 @@ def read_box(tensor: StoredTensor, box: tuple[slice, ...], out: np.ndarray) -> b
     The one place where weights are read.
 
     Args:
-        tensor: float32 or bfloat16.
+        tensor: float32, bfloat16 or float8_e4m3fn.
         box: a slice with start and stop for each of its dimensions.
-        out: of the box's shape, float32 or bfloat16, of any strides.
+        out: of the box's shape and any strides; float32 or bfloat16, or for float8 the same.
 
     Returns:
         Whether every element is finite in `out` (a float32 value may overflow bfloat16).
@@ -318,13 +327,13 @@ def _fill(stream: Any, buffer: np.ndarray, tensor: StoredTensor) -> None:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether contiguous float32 or bfloat16 values hold no NaN and no infinity, without a float copy.
+    """Whether contiguous values hold no NaN and no infinity, without a float copy.
 
-    Those are the bit patterns whose exponent bits are all ones.
+    Those are the bit patterns whose exponent bits are all ones; in float8_e4m3fn, which has no infinity, all
+    bits but the sign.
     """
-    narrow = values.dtype == READABLE_DTYPES["BF16"]
-    bits = values.reshape(-1).view(np.uint16 if narrow else np.uint32)
-    magnitude, infinity = (0x7FFF, 0x7F80) if narrow else (0x7FFFFFFF, 0x7F800000)
+    unsigned, magnitude, infinity = _NOT_FINITE[values.dtype]
+    bits = values.reshape(-1).view(unsigned)
     return all(
         (bits[first : first + _PIECE] & magnitude).max() < infinity for first in range(0, bits.size, _PIECE)
     )

@@ -26,11 +26,14 @@ class Copy:
         source: canonical name of the stored parameter.
         box: within it.
         place: within the slice; of the box's shape behind leading dimensions of one element.
+        pick: for scales, which row and which column of the box each row and column of the place takes; None
+            where box and place are of one shape.
     """
 
     source: str
     box: Box
     place: Box
+    pick: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,20 @@ def check_sources(targets: Mapping[str, Target], stored: Mapping[str, tuple[int,
         raise ValueError(f"no device holds all of {', '.join(missed)}")
 
 
+def give_back(target: Target, array: jax.Array, stored: Mapping[str, np.ndarray]) -> None:
+    """Writes what this process's devices hold of a parameter to where it is stored: `place` backwards."""
+    for shard in array.addressable_shards:
+        local = np.asarray(shard.data)
+        for copy in target.copies(concrete(shard.index, target.struct.shape)):
+            host = stored[copy.source]
+            if copy.pick is None:
+                host[copy.box] = local[copy.place].reshape(host[copy.box].shape)
+            else:
+                out = host[copy.box]
+                part = local[copy.place].reshape(*out.shape[:-2], *map(len, copy.pick))
+                out[(..., *np.ix_(*copy.pick))] = part
+
+
 def _assemble(target: Target, box: Box, fetch: Fetch) -> tuple[np.ndarray, list[str]]:
     shape = tuple(map(_length, box))
     copies = target.copies(box)
@@ -115,8 +132,13 @@ def _assemble(target: Target, box: Box, fetch: Fetch) -> tuple[np.ndarray, list[
         host[...] = 0
     damaged: list[str] = []
     for copy in copies:
-        extra = len(copy.place) - len(copy.box)
-        damaged += fetch(copy.source, copy.box, host[copy.place][(0,) * extra])
+        out = host[copy.place][(0,) * (len(copy.place) - len(copy.box))]
+        if copy.pick is None:
+            damaged += fetch(copy.source, copy.box, out)
+        else:
+            scales = np.empty(tuple(map(_length, copy.box)), host.dtype)
+            damaged += fetch(copy.source, copy.box, scales)
+            out[...] = scales[(..., *np.ix_(*copy.pick))]
     return host, damaged
 
 

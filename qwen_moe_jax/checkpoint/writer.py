@@ -1,6 +1,7 @@
 """Writes a checkpoint in the Hugging Face layout, which `transformers` loads.
 
-Experts are written fused, as released bfloat16 checkpoints have them. Tensors go to the file one at a time in
+Experts are written fused, as released bfloat16 checkpoints have them; in float8 one by one, as those have
+them. Tensors go to the file one at a time in
 bounded pieces, so that writing needs next to no memory beside the parameters.
 """
 
@@ -17,8 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.checkpoint.block_scales import E4M3
-from qwen_moe_jax.checkpoint.layout import differences, hf_key, is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import (
+    Piece,
+    differences,
+    expert_pieces,
+    hf_key,
+    is_block_scaled,
+    is_matrix,
+    is_scale,
+    parameter_shapes,
+    quantization_config,
+    whole_piece,
+)
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
+from qwen_moe_jax.checkpoint.targets import Box
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
 
@@ -32,8 +45,8 @@ ORBAX_FOLDER = "orbax"
 Entry = tuple[str, np.dtype, tuple[int, ...]]
 T = TypeVar("T")
 
-_FLOATS = tuple(READABLE_DTYPES.values())
-_FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()} | {E4M3: "F8_E4M3"}
+_FLOATS = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+_FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()}
 _PIECE = 1 << 20  # elements converted and written at once
 
 
@@ -68,13 +81,18 @@ def write_safetensors(
     refuse_second_layout(folder, ORBAX_FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
-    entries = [(hf_key(name), dtypes[name], value.shape) for name, value in parameters.items()]
-    values = dict(zip((key for key, _, _ in entries), parameters.values(), strict=True))
+    entries: list[Entry] = []
+    values: dict[str, tuple[str, Box]] = {}
+    for name, value in parameters.items():
+        for piece in _tensors(config, name, tuple(value.shape)):
+            key = hf_key(piece.name)
+            entries.append((key, dtypes[name], piece.shape))
+            values[key] = name, piece.box
     parts = into_shards(entries, lambda entry: entries_bytes([entry]), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
     for file, members in shards.items():
-        _write_file(folder / f"{file}.part", members, values)
+        _write_file(folder / f"{file}.part", members, values, parameters)
     for stale in (folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)
     for file in shards:
@@ -121,7 +139,7 @@ def check_parameters(parameters: Mapping[str, jax.Array], config: ModelConfig) -
 
 
 def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[str, np.dtype]:
-    """Name -> the dtype it is written in: `dtype`, or float32 for a small parameter that needs it.
+    """Name -> the dtype it is written in: `dtype`, float32 if it is small and needs it, or its float8.
 
     Raises:
         CheckpointError: a `dtype` that is neither float32 nor bfloat16, or matrices that it cannot hold.
@@ -134,7 +152,10 @@ def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[
         raise CheckpointError(
             f"{abbreviate(lossy)} cannot be written in {dtype} without rounding; write float32 instead."
         )
-    return {name: dtype if fits else np.dtype(np.float32) for name, fits in exact.items()}
+    return {
+        name: E4M3 if parameters[name].dtype == E4M3 else dtype if fits else np.dtype(np.float32)
+        for name, fits in exact.items()
+    }
 
 
 def write_side_files(
@@ -142,8 +163,6 @@ def write_side_files(
     config: ModelConfig,
     dtype: np.dtype,
     extra_files_from: str | Path | None,
-    *,
-    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Copies what else belongs to a checkpoint, then writes config.json."""
     if extra_files_from is not None and Path(extra_files_from).resolve() != folder.resolve():
@@ -151,19 +170,19 @@ def write_side_files(
             if (Path(extra_files_from) / name).is_file():
                 shutil.copyfile(Path(extra_files_from) / name, folder / name)
     written = dataclasses.replace(config, dtype=dtype.name).to_dict()
-    if quantization is not None:
-        written["quantization_config"] = dict(quantization)
+    if config.float8:
+        written["quantization_config"] = quantization_config(config)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
+def _pieces(value: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     flat = np.asarray(value).reshape(-1)  # no copy on CPU
     for first in range(0, flat.size, _PIECE):
         yield flat[first : first + _PIECE]
 
 
 def _goes_exactly(value: jax.Array, dtype: np.dtype) -> bool:
-    if value.dtype == dtype or value.dtype == jnp.bfloat16:
+    if value.dtype in (dtype, jnp.bfloat16, E4M3):
         return True
     return all(np.array_equal(piece.astype(dtype).astype(piece.dtype), piece) for piece in _pieces(value))
 
@@ -213,9 +232,22 @@ def encode_header(entries: Iterable[Entry]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _write_file(file: Path, entries: list[Entry], values: Mapping[str, jax.Array]) -> None:
+def _tensors(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """What a parameter becomes: published float8 checkpoints have one tensor an expert, others one in all."""
+    apart = config.float8 and (is_scale(name) or is_block_scaled(name))
+    return (apart and expert_pieces(name, shape)) or [whole_piece(name, shape)]
+
+
+def _write_file(
+    file: Path,
+    entries: list[Entry],
+    values: Mapping[str, tuple[str, Box]],
+    parameters: Mapping[str, jax.Array],
+) -> None:
     with file.open("wb") as stream:
         stream.write(encode_header(entries))
         for key, dtype, _ in entries:
-            for piece in _pieces(values[key]):
+            name, box = values[key]
+            # no copy on CPU, and a box is a run of the array
+            for piece in _pieces(np.asarray(parameters[name])[box]):
                 stream.write(piece.astype(dtype, copy=False).view(np.uint8).data)

@@ -19,7 +19,13 @@ from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
 from qwen_moe_jax.generation.describe import ModelDescription, describe_model
 from qwen_moe_jax.generation.engine import BLOCK_STEPS, Engine
-from qwen_moe_jax.generation.loading import Loaded, compute_dtype, load_forward, resolve_folder
+from qwen_moe_jax.generation.loading import (
+    Loaded,
+    compute_dtype,
+    load_forward,
+    resolve_folder,
+    with_stored_scales,
+)
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.running import Generation
@@ -244,7 +250,11 @@ class QwenMoe:
 
     def _stored(self) -> Any:
         """The parameters as a checkpoint has them."""
-        return self._parameters if self.layout is None else self.layout.stored(self._parameters)
+        if self.layout is not None:
+            return self.layout.stored(self._parameters)
+        if not self.config.float8:
+            return self._parameters
+        return with_stored_scales(self.config, self._parameters)
 
     def check_layout(self, *, seed: int = 0, progress: bool = False) -> "LayoutReport":
         """Compares the mesh with one device on random tokens, layer by layer and branch by branch.

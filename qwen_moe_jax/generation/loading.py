@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax_targets
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_targets
-from qwen_moe_jax.checkpoint.targets import Target, whole
+from qwen_moe_jax.checkpoint.scale_targets import with_scales
+from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, InputError
 from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
 from qwen_moe_jax.json_files import read_json_object
-from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters, with_parameters
+from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward
@@ -120,8 +121,7 @@ def load_forward(
     """
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
     if layout is None:
-        decoder = abstract_decoder(config, policy, backend)
-        targets = {name: whole(name, struct) for name, struct in named_parameters(decoder).items()}
+        decoder, targets = whole_decoder(config, policy, backend)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
         forward: Forward = OneDeviceForward(with_parameters(decoder, parameters), backend)
     else:
@@ -134,6 +134,26 @@ def load_forward(
         skipped=skipped,
         read_bytes=read_bytes,
     )
+
+
+def whole_decoder(
+    config: ModelConfig, policy: DtypePolicy, backend: str
+) -> tuple[Decoder, dict[str, Target]]:
+    """The abstract decoder of one device, and what its parameters are read as."""
+    structs = named_parameters(abstract_decoder(config, policy, backend))
+    targets = {name: whole(name, struct) for name, struct in structs.items()}
+    targets, blocks = with_scales(targets, parameter_shapes(config))
+    return abstract_decoder(config, policy, backend, blocks=blocks), targets
+
+
+def with_stored_scales(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """One device's parameters with the scales as a checkpoint has them, a block each."""
+    policy = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
+    targets = whole_decoder(config, policy, "cpu")[1]
+    scales = {n: np.zeros(s, np.float32) for n, s in parameter_shapes(config).items() if is_scale(n)}
+    for name in scales:
+        give_back(targets[name], parameters[name], scales)
+    return {**parameters, **scales}
 
 
 def read_weights(
@@ -157,7 +177,7 @@ def read_weights(
     if wide and policy.matrix != policy.compute:
         # A wider checkpoint is rounded to the dtype that was asked for; held values stay exact.
         for name, value in parameters.items():
-            if is_matrix(name):
+            if is_matrix(name) and value.dtype == policy.matrix:
                 parameters[name] = _rounded(value, policy.compute)
     return parameters, dict(report.skipped), report.read_bytes
 

@@ -139,11 +139,9 @@ class GatedAttention(nnx.Module):
         """
         batch, seq, _ = x.shape
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        query, gate = jnp.split(
-            linear(x, self.q_proj.weight[...]).reshape(batch, seq, -1, 2 * dim), 2, axis=-1
-        )
-        key = linear(x, self.k_proj.weight[...]).reshape(batch, seq, -1, dim)
-        value = linear(x, self.v_proj.weight[...]).reshape(batch, seq, -1, dim)
+        query, gate = jnp.split(linear(x, self.q_proj.matrix()).reshape(batch, seq, -1, 2 * dim), 2, axis=-1)
+        key = linear(x, self.k_proj.matrix()).reshape(batch, seq, -1, dim)
+        value = linear(x, self.v_proj.matrix()).reshape(batch, seq, -1, dim)
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
 
@@ -151,4 +149,4 @@ class GatedAttention(nnx.Module):
         cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
         mixed = blockwise_attention(query, cache.k, cache.v, positions)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
-        return self.ranks.head_product(mixed, self.o_proj.weight[...]), cache
+        return self.ranks.head_product(mixed, self.o_proj.matrix()), cache

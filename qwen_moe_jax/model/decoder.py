@@ -183,12 +183,28 @@ def abstract_decoder(
     ranks: Ranks = OneDevice(),  # noqa: B008  frozen
     *,
     fused: bool = False,
+    blocks: Mapping[str, tuple[int, int]] | None = None,
 ) -> Decoder:
     """A decoder whose parameters are shapes and dtypes only; arguments as `Decoder`'s.
 
     The shapes are those of a whole checkpoint; `with_parameters` takes any rank's part of them.
+
+    Args:
+        config, dtypes, backend, ranks, fused: as there.
+        blocks: canonical names of the matrices that are float8 with scales -> rows and columns of a block.
     """
-    return nnx.eval_shape(lambda: Decoder(config, dtypes, backend, ranks, fused=fused))
+
+    def declared() -> Decoder:
+        decoder = Decoder(config, dtypes, backend, ranks, fused=fused)
+        for name, block in (blocks or {}).items():
+            *path, attribute = name.split(".")
+            holder: Any = decoder
+            for step in path:
+                holder = holder[int(step)] if step.isdigit() else getattr(holder, step)
+            holder.scale_in_blocks(attribute, block, dtypes.matrix)
+        return decoder
+
+    return nnx.eval_shape(declared)
 
 
 def named_parameters(decoder: Decoder) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class GatedDeltaNet(nnx.Module):
         batch, seq, _ = x.shape
         heads = (batch, seq, -1)
         mixed, carried = causal_conv(
-            linear(x, self.in_proj_qkv.weight[...]),
+            linear(x, self.in_proj_qkv.matrix()),
             self.conv1d.weight[...][:, 0],
             cache.conv,
             valid.sum(axis=1, dtype=jnp.int32),
@@ -102,8 +102,8 @@ class GatedDeltaNet(nnx.Module):
         value = value.reshape(*heads, c.linear_value_head_dim)
 
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        beta = jax.nn.sigmoid(linear(x, self.in_proj_b.weight[...])).astype(wide)
-        a = linear(x, self.in_proj_a.weight[...]).astype(wide)
+        beta = jax.nn.sigmoid(linear(x, self.in_proj_b.matrix())).astype(wide)
+        a = linear(x, self.in_proj_a.matrix()).astype(wide)
         g = -jnp.exp(self.A_log[...].astype(wide)) * jax.nn.softplus(a + self.dt_bias[...].astype(wide))
         # A pad decays nothing, writes nothing: the state passes through unchanged.
         token = valid[..., None]
@@ -123,9 +123,9 @@ class GatedDeltaNet(nnx.Module):
         else:
             output, state = delta_rule_chunked(query, key, value, g, beta, cache.state)
 
-        gate = linear(x, self.in_proj_z.weight[...]).reshape(output.shape)
+        gate = linear(x, self.in_proj_z.matrix()).reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
-        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.weight[...])
+        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix())
         return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
 
 

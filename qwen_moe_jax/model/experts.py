@@ -6,10 +6,11 @@ Every function here computes, for each token t,
 
 with `expert_ids` [tokens, top_k] in 0 .. E; id E means "no expert" and contributes exactly zero (pads;
 experts held elsewhere). Weights stand in checkpoint layout: `gate_up` [E, 2 * intermediate, hidden] with
-the gate rows first, `down` [E, hidden, intermediate]. No token is ever dropped, however unbalanced the
-routing. The gate and up products, the hidden activation and the expert output are each rounded to x.dtype,
-where released models round, and the weighted value to the wider of x.dtype and weights.dtype; slots are
-summed in float32, and so is the result: it may be one rank's part of a sum.
+the gate rows first, `down` [E, hidden, intermediate], each an array or float8 with block scales. No token
+is ever dropped, however unbalanced the routing. The gate and up products, the hidden activation and the
+expert output are each rounded to x.dtype, where released models round, and the weighted value to the wider
+of x.dtype and weights.dtype; slots are summed in float32, and so is the result: it may be one rank's part
+of a sum.
 """
 
 from collections.abc import Callable
@@ -19,29 +20,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.varying import vary_like
 
-ExpertFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+ExpertFunction = Callable[[jax.Array, jax.Array, jax.Array, Matrix, Matrix], jax.Array]
 
 
-def _expert(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def _expert(x: jax.Array, gate_up: Matrix, down: Matrix) -> jax.Array:
     """One expert on some tokens: [n, hidden], [2I, hidden], [hidden, I] -> [n, hidden]."""
     gate, up = jnp.split(linear(x, gate_up), 2, axis=-1)
     return linear(jax.nn.silu(gate) * up, down)
 
 
-def _weights_of(expert: jax.Array, gate_up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _weights_of(expert: jax.Array, gate_up: Matrix, down: Matrix) -> tuple[Matrix, Matrix]:
     """One expert's matrices. XLA:CPU multiplies a single row with the slice in place; for a block of rows it
     copies the slice first."""
-    return (
-        lax.dynamic_index_in_dim(gate_up, expert, keepdims=False),
-        lax.dynamic_index_in_dim(down, expert, keepdims=False),
+    return jax.tree.map(
+        lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False), (gate_up, down)
     )
 
 
 def dense_experts(
-    x: jax.Array, expert_ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
+    x: jax.Array, expert_ids: jax.Array, weights: jax.Array, gate_up: Matrix, down: Matrix
 ) -> jax.Array:
     """Every expert on every token, masked by the routing: the plain reference, E / top_k times the work."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -60,8 +61,8 @@ def gathered_experts(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     skip: bool = False,
     by_slot: bool = False,
@@ -108,8 +109,8 @@ def grouped_experts(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     block: int = 32,
     by_slot: bool = False,

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
+
 
 def held_dtype(compute: DTypeLike, backend: str) -> jnp.dtype:
     """The dtype large matrices (and the key/value cache) have in memory.
@@ -23,17 +25,20 @@ def held_dtype(compute: DTypeLike, backend: str) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if backend == "cpu" else jnp.dtype(compute)
 
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x @ weight^T, accumulated in float32 (or wider) and rounded once.
 
     Args:
         x: [..., in], the compute dtype.
         weight: [out, in], the held dtype. Where the two differ, the narrower one is widened, never x rounded.
+            Float8 with block scales is multiplied out in x.dtype.
         out_dtype: what the product is rounded to; None means x.dtype.
 
     Returns:
         [..., out] in out_dtype.
     """
+    if isinstance(weight, BlockScaled):
+        weight = weight.multiplied_out(x.dtype)
     common = jnp.promote_types(x.dtype, weight.dtype)
     # Written as a product with a transposed matrix, which XLA:CPU fuses into a matrix-vector product that
     # reads the matrix in place: 2.6 times as fast for a decoded token's experts as contracting the last axes.

@@ -12,9 +12,10 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.experts import choose_experts
 from qwen_moe_jax.model.linear import linear
-from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
+from qwen_moe_jax.model.params import DtypePolicy, MatrixHolder, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
 
 
@@ -35,7 +36,7 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     return ids, weights.astype(logits.dtype)
 
 
-def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+def gated_mlp(x: jax.Array, gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
     """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x).
 
     x [tokens, hidden]; gate, up [intermediate, hidden]; down [hidden, intermediate] -> float32, like x.
@@ -43,7 +44,7 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> 
     return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down, jnp.float32)
 
 
-class Experts(nnx.Module):
+class Experts(MatrixHolder):
     """All routed experts: `gate_up_proj` [experts, 2 * intermediate, hidden] (gate rows first) and
     `down_proj` [experts, hidden, intermediate]."""
 
@@ -64,7 +65,7 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[tokens, hidden] -> float32 [tokens, hidden]."""
-        return gated_mlp(x, self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...])
+        return gated_mlp(x, self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
 
 
 class SparseMoe(nnx.Module):
@@ -117,7 +118,9 @@ class SparseMoe(nnx.Module):
         experts = choose_experts(
             self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok, ranks=ranks, by_slot=by_slot
         )
-        outputs = experts(x, ids, weights, self.experts.gate_up_proj[...], self.experts.down_proj[...])
+        outputs = experts(
+            x, ids, weights, self.experts.matrix("gate_up_proj"), self.experts.matrix("down_proj")
+        )
         return self.ranks.routed_part(outputs)
 
     def shared_weight(self, x: jax.Array) -> jax.Array:

@@ -1,11 +1,15 @@
 """How parameters are declared: shapes as in the checkpoint, dtypes by a policy."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
+
 _FLOAT32 = jnp.dtype(jnp.float32)
+_FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,31 @@ def declare(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, dtype))
 
 
-class Weight(nnx.Module):
+class MatrixHolder(nnx.Module):
+    """Holds matrices, each as one array or, in float8, as values and the scales of their blocks.
+
+    The scales are called as in a checkpoint, `_scale_inv` behind the name of the values.
+    """
+
+    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype) -> None:
+        """Redeclares a matrix as float8 with block scales, to be multiplied in `dtype`."""
+        *stack, rows, columns = getattr(self, name)[...].shape
+        scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
+        setattr(self, name, declare(tuple(getattr(self, name)[...].shape), _FLOAT8))
+        setattr(self, f"{name}_scale_inv", declare(scales, _FLOAT32))
+        setattr(self, f"{name}_block", (*block, dtype.name))
+
+    def matrix(self, name: str = "weight") -> Matrix:
+        """What a product takes."""
+        values: Any = getattr(self, name)[...]
+        scales: Any = getattr(self, f"{name}_scale_inv", None)
+        if scales is None:
+            return values
+        rows, columns, dtype = getattr(self, f"{name}_block")
+        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype))
+
+
+class Weight(MatrixHolder):
     """Holds one array called `weight`, as `Linear`, norms and embeddings do in a checkpoint."""
 
     def __init__(self, shape: tuple[int, ...], dtype: jnp.dtype):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Ranks(Protocol):
         """Logits over the rows of the output matrix held here -> over the vocabulary."""
         ...
 
-    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
         """The last product of a token mixer, whose contracted dimension are the heads held here.
 
         [batch, seq, heads * dim] and [hidden, heads * dim] -> float32 [batch, seq, hidden], each rank's part.
@@ -63,7 +64,7 @@ class OneDevice:
         """The same."""
         return logits
 
-    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
         """A product."""
         return linear(x, weight, jnp.float32)
 

@@ -1,5 +1,7 @@
 """Which mesh axes a value differs over, as JAX types it inside `jax.shard_map`; nothing outside of it."""
 
+from typing import Any
+
 import jax
 from jax import lax
 
@@ -16,10 +18,11 @@ def unreduced_axes(x: jax.Array) -> frozenset[str]:
     return aval.mat.unreduced if hasattr(aval, "mat") else aval.sharding.spec.unreduced
 
 
-def vary_like(start: jax.Array, *others: jax.Array) -> jax.Array:
+def vary_like(start: jax.Array, *others: Any) -> jax.Array:
     """`start`, typed as varying over every axis that one of the others varies over.
 
-    For what a loop begins with: its type must be that of what the loop makes of it.
+    Others may be trees of arrays. For what a loop begins with: its type must be that of what the loop makes
+    of it.
     """
-    axes = frozenset().union(*map(varying_axes, others)) - varying_axes(start)
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others))) - varying_axes(start)
     return lax.pcast(start, tuple(sorted(axes)), to="varying") if axes else start

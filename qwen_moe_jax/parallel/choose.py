@@ -104,7 +104,8 @@ def _seconds(layout: Layout, compute: jnp.dtype, backend: str) -> float:
     targets = {name: t for name, t in layout.targets(policy).items() if ".mlp." in name}
     drawn = jax.jit(
         lambda key: {
-            name: 0.02 * jax.random.normal(key, t.struct.shape, t.struct.dtype) for name, t in targets.items()
+            name: (0.02 * jax.random.normal(key, t.struct.shape)).astype(t.struct.dtype)
+            for name, t in targets.items()
         },
         out_shardings={name: t.struct.sharding for name, t in targets.items()},
     )(jax.random.key(0))

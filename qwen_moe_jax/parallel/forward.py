@@ -81,5 +81,10 @@ class MeshForward:
 def layout_decoder(layout: Layout, policy: DtypePolicy, backend: str) -> Decoder:
     """The abstract decoder that every rank of a layout runs on its part of the parameters."""
     return abstract_decoder(
-        layout.config, policy, backend, layout.ranks(), fused=layout.shared_expert == "fused"
+        layout.config,
+        policy,
+        backend,
+        layout.ranks(),
+        fused=layout.shared_expert == "fused",
+        blocks=layout.blocks,
     )

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
-from qwen_moe_jax.checkpoint.targets import Box, Copy, Target
+from qwen_moe_jax.checkpoint.block_scales import E4M3
+from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, matrix_name, parameter_shapes, scale_name
+from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
+from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
@@ -48,6 +50,7 @@ _TABLE: dict[str, tuple[str | None, ...]] = {
     "mlp.shared_expert.up_proj.weight": ("shared_inner", None),
     "mlp.shared_expert.down_proj.weight": (None, "shared_inner"),
 }
+_ANY = jnp.dtype(jnp.float32)  # where only places matter
 _ENDING = re.compile(r"(?:layers\.\d+\.)?(.*)")
 
 
@@ -202,7 +205,8 @@ class Layout:
             rank: its number of dimensions.
         """
         ending = _ENDING.fullmatch(name)
-        axes = _TABLE.get(ending.group(1) if ending else name, (None,) * rank)
+        # scales are divided as their matrix
+        axes = _TABLE.get(matrix_name(ending.group(1) if ending else name), (None,) * rank)
         return tuple(None if axis is None else self.splits[axis] for axis in axes)
 
     def spec(self, name: str, rank: int) -> PartitionSpec:
@@ -216,8 +220,19 @@ class Layout:
     def targets(self, policy: DtypePolicy) -> dict[str, Target]:
         """Every parameter as it is held on the mesh, by canonical name; fused, the shared expert is part of
         the expert stacks and has no parameters of its own."""
+        return self._targets_and_blocks(policy)[0]
+
+    @property
+    def blocks(self) -> Blocks:
+        """What a scale of each float8 matrix is held for."""
+        return self._targets_and_blocks(DtypePolicy(compute=_ANY, matrix=_ANY))[1]
+
+    def _targets_and_blocks(self, policy: DtypePolicy) -> tuple[dict[str, Target], Blocks]:
         targets = {}
-        for name, shape in parameter_shapes(self.config).items():
+        shapes = parameter_shapes(self.config)
+        for name, shape in shapes.items():
+            if is_scale(name):
+                continue
             if self.shared_expert == "fused" and ".mlp.shared_expert." in name:
                 continue
             dimensions = self.dimensions(name, len(shape))
@@ -230,7 +245,7 @@ class Layout:
                 sharding=self.sharding(_spec(dimensions)),
             )
             targets[name] = Target(struct, _Copies(self, name, shape, dimensions))
-        return targets
+        return with_scales(targets, shapes)
 
     def cache_specs(self) -> HybridCache:
         """The mesh axes of every array of a cache."""
@@ -276,18 +291,14 @@ class Layout:
         matrix = parameters["embed_tokens.weight"].dtype
         policy = DtypePolicy(compute=matrix, matrix=matrix)
         hosts = {
-            name: np.zeros(shape, policy.matrix if is_matrix(name) else policy.vector)
+            name: np.zeros(
+                shape,
+                E4M3 if scale_name(name) in shapes else policy.matrix if is_matrix(name) else policy.vector,
+            )
             for name, shape in shapes.items()
         }
         for name, target in self.targets(policy).items():
-            for shard in parameters[name].addressable_shards:
-                local = np.asarray(shard.data)
-                box = tuple(
-                    slice(*s.indices(n)[:2]) for s, n in zip(shard.index, target.struct.shape, strict=True)
-                )
-                for copy in target.copies(box):
-                    host = hosts[copy.source]
-                    host[copy.box] = local[copy.place].reshape(host[copy.box].shape)
+            give_back(target, parameters[name], hosts)
         return hosts
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture
 from qwen_moe_jax.parallel.partial_sums import Axes, as_part, divided_among, gathered, product_part, total
@@ -56,7 +57,7 @@ class MeshRanks:
         """Every rank's logits behind one another: one all-gather."""
         return gathered(logits, self.head_axes, logits.ndim - 1)[..., : self.vocab_size]
 
-    def head_product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
         """The part of the heads held here, unreduced."""
         return product_part(x, weight, self.head_axes)
 
