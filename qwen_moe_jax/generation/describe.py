@@ -68,6 +68,8 @@ def describe_model(
     layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
     held = policy.matrix.name
+    if config.float8:
+        held = f"float8 (layers) and {held}"
     return ModelDescription(
         checkpoint=summary,
         backend=backend,

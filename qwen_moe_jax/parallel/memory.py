@@ -121,7 +121,7 @@ def device_memory(
     device: Device | None = None,
     **choices: Any,
 ) -> DeviceMemory:
-    """What one device of a mesh holds in bfloat16 and in float32.
+    """What one device of a mesh holds in bfloat16 and in float32, of an FP8 checkpoint beside its float8.
 
     Args:
         config: of the model.
@@ -138,7 +138,8 @@ def device_memory(
         choices["shared_expert"] = "outside" if choices.get("exact") else "prescaled"
     layout = Layout(config, abstract_mesh(*sizes), **choices)
     kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-    holdings = {d.name: holding(layout, DtypePolicy(compute=d, matrix=d)) for d in kinds}
+    prefix = "float8 and " if config.float8 else ""
+    holdings = {prefix + d.name: holding(layout, DtypePolicy(compute=d, matrix=d)) for d in kinds}
     return layout_memory(layout, holdings, context, device)
 
 
