@@ -1,8 +1,10 @@
 """Reads a Hugging Face checkpoint into the parameters a model expects, strictly."""
 
 import dataclasses
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,15 +21,14 @@ from qwen_moe_jax.checkpoint.layout import (
     skipped_family,
     whole_piece,
 )
+from qwen_moe_jax.checkpoint.read_box import iter_float32, read_box
 from qwen_moe_jax.checkpoint.safetensors_files import (
     READABLE_DTYPES,
     StoredTensor,
     abbreviate,
-    iter_float32,
-    read_box,
     stored_tensors,
 )
-from qwen_moe_jax.checkpoint.targets import Box, Target, place, whole
+from qwen_moe_jax.checkpoint.targets import Box, Target, Transfers, place, whole
 from qwen_moe_jax.errors import CheckpointError
 
 
@@ -53,6 +54,9 @@ class ReadReport:
 # Dtypes of a float8 matrix, and of everything else.
 _FLOAT8 = ("F8_E4M3",)
 _FLOATS = ("F32", "BF16")
+
+# Reading is a copy out of the page cache where files lie there, else waiting for a disk.
+_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 # A parameter's tensors in the files, with the place of each in the parameter.
 Source = list[tuple[Piece, StoredTensor]]
@@ -99,7 +103,10 @@ def read_targets(
     *,
     progress: bool = False,
 ) -> tuple[dict[str, jax.Array], ReadReport]:
-    """Reads every target, one at a time, and of each what this process's devices hold of it.
+    """Reads every target, and of each what this process's devices hold of it.
+
+    Several threads read a slice while the one before is on its way to its device; memory beside what the
+    devices hold is at most two slices.
 
     bfloat16 held as float32 is exact; float32 held as bfloat16 is rounded to nearest even and reported.
     float8 is held as float8.
@@ -128,11 +135,15 @@ def read_targets(
     dtypes = {name: source_dtype(source) for name, source in sources.items()}
     rounded: list[str] = []
 
-    with tqdm(unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+    share = None if jax.process_count() > 1 else sum(map(_stored_bytes, sources.values()))
+    with (
+        tqdm(total=share, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar,
+        ThreadPoolExecutor(_THREADS) as threads,
+    ):
 
         def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
             nonlocal read_bytes
-            not_finite, count = read_source(sources[name], box, out)
+            not_finite, count = read_source(sources[name], box, out, threads)
             read_bytes += count
             bar.update(count)
             if dtypes[name].itemsize > out.dtype.itemsize:
@@ -140,14 +151,16 @@ def read_targets(
             return not_finite
 
         # in the order of the files, so that a disk reads forward
+        transfers = Transfers()
         for name in sorted(targets, key=lambda name: _position(sources[name])):
-            read[name], not_finite = place(targets[name], fetch)
+            read[name], not_finite = place(targets[name], fetch, transfers)
             damaged += not_finite
+        transfers.finish()
     if damaged:
         keys = abbreviate(list(dict.fromkeys(damaged)))
         raise CheckpointError(f"{folder} holds NaN or infinite values in {keys}; the weights are damaged.")
     report = ReadReport(
-        file_bytes=sum(tensor.nbytes for source in sources.values() for _, tensor in source),
+        file_bytes=sum(map(_stored_bytes, sources.values())),
         read_bytes=read_bytes,
         skipped=match.skipped,
         rounded=tuple(dict.fromkeys(rounded)),
@@ -271,6 +284,10 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(iter_float32(a), iter_float32(b), strict=True))
 
 
+def _stored_bytes(source: Source) -> int:
+    return sum(tensor.nbytes for _, tensor in source)
+
+
 def _position(source: Source) -> tuple[str, int]:
     first = source[0][1]
     return str(first.file), first.offset
@@ -281,9 +298,26 @@ def source_dtype(source: Source) -> np.dtype:
     return max((READABLE_DTYPES[tensor.dtype] for _, tensor in source), key=lambda dtype: dtype.itemsize)
 
 
-def read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], int]:
-    """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read)."""
-    damaged, count = [], 0
+def read_source(
+    source: Source, box: Box, out: np.ndarray, threads: Executor | None = None
+) -> tuple[list[str], int]:
+    """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read).
+
+    With threads, they read tensors at once, or pieces of a single one.
+    """
+    parts = list(_parts(source, box, out))
+    alone = threads if len(parts) == 1 else None
+
+    def read(part: tuple[StoredTensor, Box, np.ndarray]) -> bool:
+        return read_box(*part, alone)
+
+    finite = threads.map(read, parts) if threads and not alone else map(read, parts)
+    damaged = [part[0].key for part, fine in zip(parts, list(finite), strict=True) if not fine]
+    return damaged, sum(view.size * READABLE_DTYPES[tensor.dtype].itemsize for tensor, _, view in parts)
+
+
+def _parts(source: Source, box: Box, out: np.ndarray) -> Iterator[tuple[StoredTensor, Box, np.ndarray]]:
+    """The tensors that a box of a parameter is in: (tensor, box within it, where that goes)."""
     for piece, tensor in source:
         # leading dimensions that the tensor lacks are the piece's own place in the parameter
         extra = len(piece.origin) - len(piece.shape)
@@ -294,8 +328,4 @@ def read_source(source: Source, box: Box, out: np.ndarray) -> tuple[list[str], i
             continue
         inside = tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, piece.origin, strict=True))
         place = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, box, strict=True))
-        view = out[place]
-        if not read_box(tensor, inside[extra:], view[(0,) * extra]):
-            damaged.append(tensor.key)
-        count += view.size * READABLE_DTYPES[tensor.dtype].itemsize
-    return damaged, count
+        yield tensor, inside[extra:], out[place][(0,) * extra]

@@ -1,15 +1,12 @@
-"""Safetensors files as they lie on disk: headers, and elements read in bounded pieces.
+"""Safetensors files as they lie on disk: headers and indices.
 
 A file is an 8-byte little-endian header length, a JSON header (tensor -> dtype, shape, byte range) and the
-tensors' bytes. It is read with plain reads into the destination's own memory: a memory map would keep every
-page it touched resident beside the converted copy.
+tensors' bytes, which `read_box.py` reads.
 """
 
 import dataclasses
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -264,68 +261,6 @@ def _check_extent(file: Path, size: int, data: int, tensors: dict[str, StoredTen
         )
 
 
-def read_box(tensor: StoredTensor, box: tuple[slice, ...], out: np.ndarray) -> bool:
-    """Reads a box of a stored tensor, and nothing else of it, converting to `out`'s dtype on the way.
-
-    The one place where weights are read.
-
-    Args:
-        tensor: float32, bfloat16 or float8_e4m3fn.
-        box: a slice with start and stop for each of its dimensions.
-        out: of the box's shape and any strides; float32 or bfloat16, or for float8 the same.
-
-    Returns:
-        Whether every element is finite in `out` (a float32 value may overflow bfloat16).
-    """
-    # Dimensions behind the last divided one lie together in the file: a run is a range of that dimension.
-    last = max((d for d, s in enumerate(box) if s.stop - s.start < tensor.shape[d]), default=0)
-    inner = prod(tensor.shape[last + 1 :])
-    finite = True
-    with tensor.file.open("rb", buffering=0) as stream:
-        for lead in itertools.product(*(range(s.start, s.stop) for s in box[:last])):
-            start = 0
-            for index, size in zip(lead, tensor.shape, strict=False):
-                start = start * size + index
-            if box:
-                start = (start * tensor.shape[last] + box[last].start) * inner
-            target = out[tuple(index - s.start for index, s in zip(lead, box, strict=False))]
-            if target.flags.c_contiguous:
-                finite &= _read_run(stream, tensor, start, target.reshape(-1))
-            else:
-                run = np.empty(target.shape, out.dtype)
-                finite &= _read_run(stream, tensor, start, run.reshape(-1))
-                target[...] = run
-    return finite
-
-
-def _read_run(stream: Any, tensor: StoredTensor, start: int, out: np.ndarray) -> bool:
-    """Consecutive elements from flat index `start` on; whether they are finite."""
-    stored = READABLE_DTYPES[tensor.dtype]
-    direct = stored == out.dtype
-    scratch = None if direct else np.empty(min(_PIECE, out.size), stored)
-    finite = True
-    stream.seek(tensor.offset + start * stored.itemsize)
-    for first in range(0, out.size, _PIECE):
-        target = out[first : first + _PIECE]
-        piece = target if scratch is None else scratch[: target.size]
-        _fill(stream, piece.view(np.uint8), tensor)
-        if scratch is not None:
-            with np.errstate(over="ignore"):
-                np.copyto(target, piece, casting="unsafe")
-        # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
-        finite = finite and all_finite(piece if piece.itemsize < target.itemsize else target)
-    return finite
-
-
-def _fill(stream: Any, buffer: np.ndarray, tensor: StoredTensor) -> None:
-    view = buffer.data
-    while view:
-        count = stream.readinto(view)
-        if not count:
-            raise CheckpointError(f"{tensor.file} ended inside {tensor.key}: it changed while being read.")
-        view = view[count:]
-
-
 def all_finite(values: np.ndarray) -> bool:
     """Whether contiguous values hold no NaN and no infinity, without a float copy.
 
@@ -337,16 +272,6 @@ def all_finite(values: np.ndarray) -> bool:
     return all(
         (bits[first : first + _PIECE] & magnitude).max() < infinity for first in range(0, bits.size, _PIECE)
     )
-
-
-def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The tensor's values in order, as short float32 arrays."""
-    total = prod(tensor.shape)
-    with tensor.file.open("rb", buffering=0) as stream:
-        for first in range(0, total, _PIECE):
-            piece = np.empty(min(_PIECE, total - first), np.float32)
-            _read_run(stream, tensor, first, piece)
-            yield piece
 
 
 def abbreviate(items: list[str], limit: int = 10) -> str:

@@ -64,26 +64,56 @@ def whole(name: str, struct: jax.ShapeDtypeStruct) -> Target:
     return Target(struct, copies, as_stored=True)
 
 
-def place(target: Target, fetch: Fetch) -> tuple[jax.Array, list[str]]:
+class Transfers:
+    """Slices on their way to devices: at most one, while another one is read.
+
+    On CPU an array takes over the host's memory, and nothing is on its way.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[jax.Array] = []
+
+    def finish(self) -> None:
+        """Waits for what is on its way, so that its host memory is free."""
+        jax.block_until_ready(self._last)
+        self._last = []
+
+    def start(self, host: np.ndarray, devices: list[Any]) -> list[jax.Array]:
+        """Sends a slice to devices, once the one before has arrived."""
+        self.finish()
+        self._last = [jax.device_put(host, device) for device in devices]
+        return self._last
+
+
+def place(target: Target, fetch: Fetch, transfers: Transfers | None = None) -> tuple[jax.Array, list[str]]:
     """Builds the parameter on this process's devices; slices that several devices share are fetched once.
+
+    Args:
+        target: what is held.
+        fetch: reads.
+        transfers: to go on reading while the last slice is on its way; None waits for it.
 
     Returns:
         (the array, keys of tensors with NaN or infinite values).
     """
     struct = target.struct
     sharding = struct.sharding or jnp.zeros(()).sharding
+    on_the_way = transfers or Transfers()
     damaged: list[str] = []
-    slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    pieces: list[Any] = []
-    for device, index in sharding.addressable_devices_indices_map(struct.shape).items():
+    holders: dict[tuple[tuple[int, int], ...], tuple[Box, list[Any]]] = {}
+    indices = sharding.addressable_devices_indices_map(struct.shape)
+    for device, index in indices.items():
         box = concrete(index or (), struct.shape)
-        key = _key(box)
-        if key not in slices:
-            slices[key], not_finite = _assemble(target, box, fetch)
-            damaged += not_finite
-        # On CPU the array takes over the host memory; elsewhere waiting keeps one host copy alive at a time.
-        pieces.append(jax.device_put(slices[key], device).block_until_ready())
-    return jax.make_array_from_single_device_arrays(struct.shape, sharding, pieces), damaged
+        holders.setdefault(_key(box), (box, []))[1].append(device)
+    pieces: dict[Any, jax.Array] = {}
+    for box, devices in holders.values():
+        host, not_finite = _assemble(target, box, fetch)
+        damaged += not_finite
+        pieces |= zip(devices, on_the_way.start(host, devices), strict=True)
+    if transfers is None:
+        on_the_way.finish()
+    ordered = [pieces[device] for device in indices]
+    return jax.make_array_from_single_device_arrays(struct.shape, sharding, ordered), damaged
 
 
 def concrete(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:

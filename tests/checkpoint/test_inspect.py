@@ -18,7 +18,7 @@ from checkpoint_cases import (
 from support.configs import QWEN_397B, random_config
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from qwen_moe_jax.checkpoint import safetensors_files
+from qwen_moe_jax.checkpoint import read_box
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.config import ModelConfig
@@ -121,7 +121,7 @@ def test_bytes_on_disk_come_from_headers_alone(dtype, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(safetensors_files, "_read_run", refuse)
+    monkeypatch.setattr(read_box, "_read_piece", refuse)
     model = multimodal_reference(dtype)
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"mtp.norm.weight": torch.zeros(10, dtype=torch.float16)}))

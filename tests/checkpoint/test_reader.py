@@ -27,8 +27,9 @@ from checkpoint_cases import (
 from safetensors.torch import save_file
 from support.reference import parameters_float64
 
+from qwen_moe_jax.checkpoint.read_box import read_box
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_parameters
-from qwen_moe_jax.checkpoint.safetensors_files import read_box, stored_tensors
+from qwen_moe_jax.checkpoint.safetensors_files import stored_tensors
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError

@@ -1,0 +1,80 @@
+"""Boxes of tensors: any box, dtype and way of reading gives the elements that NumPy's indexing gives."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_moe_jax.checkpoint import read_box as module
+from qwen_moe_jax.checkpoint.read_box import iter_float32, read_box
+from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, StoredTensor
+from qwen_moe_jax.errors import CheckpointError
+
+
+def stored(folder, rng, shape, dtype):
+    """A tensor of random finite numbers in the middle of a file, at any byte."""
+    values = rng.normal(size=shape).astype(READABLE_DTYPES[dtype])
+    before = int(rng.integers(0, 9000))
+    file = folder / f"{rng.integers(1 << 60)}"
+    file.write_bytes(rng.bytes(before) + values.tobytes() + rng.bytes(int(rng.integers(0, 2))))
+    return StoredTensor(file, "a.tensor", dtype, shape, before, values.nbytes), values
+
+
+def random_box(rng, shape):
+    starts = [int(rng.integers(0, n)) for n in shape]
+    return tuple(slice(s, int(rng.integers(s, n)) + 1) for s, n in zip(starts, shape, strict=True))
+
+
+@pytest.mark.parametrize("threads", [None, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_boxes(seed, threads, tmp_path, monkeypatch):
+    rng = np.random.default_rng(seed)
+    pool = ThreadPoolExecutor(threads) if threads else None
+    for _ in range(40):
+        # pieces of any size, so that small tensors are cut in every dimension; runs short and long
+        monkeypatch.setattr(module, "_PIECE", int(rng.choice([1, 64, 600, 1 << 20])))
+        monkeypatch.setattr(module, "_SHORT_RUN", int(rng.choice([0, 16, 1 << 14])))
+        shape = tuple(int(n) for n in rng.integers(1, 14, rng.integers(1, 5)))
+        dtype = str(rng.choice(list(READABLE_DTYPES)))
+        tensor, values = stored(tmp_path, rng, shape, dtype)
+        box = random_box(rng, shape)
+        held = values.dtype if dtype == "F8_E4M3" else np.dtype(rng.choice(["float32", "bfloat16"]))
+        room = np.zeros([2 * n for n in shape], held)
+        out = room[tuple(slice(1, 1 + s.stop - s.start) for s in box)]
+        assert read_box(tensor, box, out, pool)
+        np.testing.assert_array_equal(out, values[box].astype(held))
+        out[...] = 0
+        assert not room.astype(np.float32).any(), "nothing beside the box is written"
+
+
+@pytest.mark.parametrize("short_run", [0, 1 << 14])
+@pytest.mark.parametrize("dtype", READABLE_DTYPES)
+def test_what_is_not_finite_is_seen_inside_the_box_only(dtype, short_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 100)
+    monkeypatch.setattr(module, "_SHORT_RUN", short_run)
+    rng = np.random.default_rng(0)
+    tensor, values = stored(tmp_path, rng, (9, 30), dtype)
+    values[4, 17] = np.nan
+    raw = tensor.file.read_bytes()
+    tensor.file.write_bytes(raw[: tensor.offset] + values.tobytes() + raw[tensor.offset + tensor.nbytes :])
+    for box, finite in ((np.s_[0:9, 10:18], False), (np.s_[0:9, 18:30], True), (np.s_[4:5, 0:17], True)):
+        out = np.empty([s.stop - s.start for s in box], values.dtype)
+        assert read_box(tensor, box, out) == finite
+
+
+@pytest.mark.parametrize("box", [np.s_[0:64, 0:64], np.s_[0:64, 3:4]])
+def test_a_file_that_shrinks_is_a_clean_error(box, tmp_path):
+    tensor, _ = stored(tmp_path, np.random.default_rng(0), (64, 64), "F32")
+    tensor.file.write_bytes(tensor.file.read_bytes()[: tensor.offset + 64 * 32 * 4])
+    with pytest.raises(CheckpointError, match=r"ended inside a\.tensor: it changed while being read"):
+        read_box(tensor, box, np.empty([s.stop - s.start for s in box], np.float32))
+
+
+def test_iterating_gives_every_value_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_ELEMENTS", 50)
+    tensor, values = stored(tmp_path, np.random.default_rng(0), (7, 31), "BF16")
+    found = list(iter_float32(tensor))
+    assert [len(part) for part in found] == [50, 50, 50, 50, 17]
+    assert all(part.dtype == jnp.float32 for part in found)
+    np.testing.assert_array_equal(np.concatenate(found), values.ravel().astype(np.float32))
