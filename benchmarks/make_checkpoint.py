@@ -3,7 +3,9 @@
     python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16]
 
 `mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
-`tiny` only tries the benchmarks themselves. There is no tokenizer: the benchmarks feed token ids.
+`35b-slice` four layers of the 35B in their exact shapes (7.5 GB in bfloat16); `397b-narrow` the 60 layers
+and 512 experts of the 397B at a sixteenth of its width. `tiny` only tries the benchmarks themselves. There is
+no tokenizer: the benchmarks feed token ids.
 """
 
 import argparse
@@ -46,9 +48,61 @@ SIZES = {
         "moe_intermediate_size": 256,
         "shared_expert_intermediate_size": 256,
     },
+    "35b-slice": {
+        "vocab_size": 248320,
+        "hidden_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": True,  # one matrix as large as the vocabulary shows as much as two
+    },
+    "397b-narrow": {
+        "vocab_size": 15520,
+        "hidden_size": 256,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 64,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
 }
-MROPE_SECTION = {32: [2, 1, 1], 128: [6, 5, 5]}  # head_dim -> temporal, height, width frequencies
+# head_dim -> temporal, height, width frequencies
+MROPE_SECTION = {16: [2, 0, 0], 32: [2, 1, 1], 128: [6, 5, 5], 256: [11, 11, 10]}
 NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation
+
+
+_LARGE = ("35b-slice", "397b-narrow")  # to be loaded only: what the weights are does not matter
+
+
+def _quickly_filled(config: Qwen3_5MoeTextConfig, dtype: torch.dtype) -> Qwen3_5MoeForCausalLM:
+    """A model whose matrices repeat a few random numbers, since drawing billions takes minutes."""
+    with torch.device("meta"):
+        model = Qwen3_5MoeForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    model.tie_weights()
+    drawn = (0.02 * torch.randn(1 << 22)).to(dtype)
+    for weight in model.parameters():
+        flat = weight.data.view(-1)
+        for first in range(0, flat.numel(), drawn.numel()):
+            part = flat[first : first + drawn.numel()]
+            part.copy_(drawn[: part.numel()])
+    return model
 
 
 @torch.no_grad()
@@ -71,11 +125,14 @@ def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
         pad_token_id=0,
         dtype=dtype,
     )
-    model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype))
+    if size in _LARGE:
+        model = _quickly_filled(config, getattr(torch, dtype))
+    else:
+        model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype))
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight") and "linear_attn" not in name:
             weight.normal_(0, NORM_SPREAD)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="1GB")
     return sum(weight.numel() for weight in model.parameters())
 
 

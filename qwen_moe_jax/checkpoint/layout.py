@@ -10,6 +10,7 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from qwen_moe_jax.checkpoint.block_scales import BLOCK, scale_shape
@@ -203,7 +204,7 @@ class Piece:
     shape: tuple[int, ...]
     origin: tuple[int, ...]
 
-    @property
+    @cached_property
     def box(self) -> tuple[slice, ...]:
         """Where it lies in the parameter: one slice a dimension, of one element in those it lacks."""
         extent = (1,) * (len(self.origin) - len(self.shape)) + self.shape

@@ -25,6 +25,7 @@ from qwen_moe_jax.checkpoint.layout import (
     whole_piece,
 )
 from qwen_moe_jax.checkpoint.orbax import is_orbax
+from qwen_moe_jax.checkpoint.read_box import OpenFiles
 from qwen_moe_jax.checkpoint.reader import Source, check_tied_head, match_tensors, read_source, source_dtype
 from qwen_moe_jax.checkpoint.safetensors_files import abbreviate, stored_tensors
 from qwen_moe_jax.checkpoint.targets import Box
@@ -167,7 +168,8 @@ def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> 
 
 
 def _read(source: Source, box: Box, out: np.ndarray) -> int:
-    damaged, count = read_source(source, box, out)
+    with OpenFiles() as files:
+        damaged, count = read_source(source, box, out, files)
     if damaged:
         raise CheckpointError(
             f"{source[0][1].file.parent} holds NaN or infinite values in {abbreviate(damaged)}; the weights "

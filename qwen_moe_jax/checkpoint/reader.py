@@ -21,7 +21,7 @@ from qwen_moe_jax.checkpoint.layout import (
     skipped_family,
     whole_piece,
 )
-from qwen_moe_jax.checkpoint.read_box import iter_float32, read_box
+from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes
 from qwen_moe_jax.checkpoint.safetensors_files import (
     READABLE_DTYPES,
     StoredTensor,
@@ -138,12 +138,13 @@ def read_targets(
     share = None if jax.process_count() > 1 else sum(map(_stored_bytes, sources.values()))
     with (
         tqdm(total=share, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar,
+        OpenFiles() as files,
         ThreadPoolExecutor(_THREADS) as threads,
     ):
 
         def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
             nonlocal read_bytes
-            not_finite, count = read_source(sources[name], box, out, threads)
+            not_finite, count = read_source(sources[name], box, out, files, threads)
             read_bytes += count
             bar.update(count)
             if dtypes[name].itemsize > out.dtype.itemsize:
@@ -299,20 +300,15 @@ def source_dtype(source: Source) -> np.dtype:
 
 
 def read_source(
-    source: Source, box: Box, out: np.ndarray, threads: Executor | None = None
+    source: Source,
+    box: Box,
+    out: np.ndarray,
+    files: OpenFiles,
+    threads: Executor | None = None,
 ) -> tuple[list[str], int]:
-    """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read).
-
-    With threads, they read tensors at once, or pieces of a single one.
-    """
+    """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read)."""
     parts = list(_parts(source, box, out))
-    alone = threads if len(parts) == 1 else None
-
-    def read(part: tuple[StoredTensor, Box, np.ndarray]) -> bool:
-        return read_box(*part, alone)
-
-    finite = threads.map(read, parts) if threads and not alone else map(read, parts)
-    damaged = [part[0].key for part, fine in zip(parts, list(finite), strict=True) if not fine]
+    damaged = read_boxes(parts, files, threads)
     return damaged, sum(view.size * READABLE_DTYPES[tensor.dtype].itemsize for tensor, _, view in parts)
 
 
@@ -320,6 +316,8 @@ def _parts(source: Source, box: Box, out: np.ndarray) -> Iterator[tuple[StoredTe
     """The tensors that a box of a parameter is in: (tensor, box within it, where that goes)."""
     for piece, tensor in source:
         # leading dimensions that the tensor lacks are the piece's own place in the parameter
+        if piece.box[0].stop <= box[0].start or piece.box[0].start >= box[0].stop:
+            continue
         extra = len(piece.origin) - len(piece.shape)
         common = tuple(
             slice(max(s.start, p.start), min(s.stop, p.stop)) for s, p in zip(box, piece.box, strict=True)

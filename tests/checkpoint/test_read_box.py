@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_moe_jax.checkpoint import read_box as module
-from qwen_moe_jax.checkpoint.read_box import iter_float32, read_box
+from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_box, read_boxes
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, StoredTensor
 from qwen_moe_jax.errors import CheckpointError
 
@@ -34,6 +34,7 @@ def test_random_boxes(seed, threads, tmp_path, monkeypatch):
     for _ in range(40):
         # pieces of any size, so that small tensors are cut in every dimension; runs short and long
         monkeypatch.setattr(module, "_PIECE", int(rng.choice([1, 64, 600, 1 << 20])))
+        monkeypatch.setattr(module, "_JOB", int(rng.choice([1, 500, 1 << 23])))
         monkeypatch.setattr(module, "_SHORT_RUN", int(rng.choice([0, 16, 1 << 14])))
         shape = tuple(int(n) for n in rng.integers(1, 14, rng.integers(1, 5)))
         dtype = str(rng.choice(list(READABLE_DTYPES)))
@@ -42,7 +43,8 @@ def test_random_boxes(seed, threads, tmp_path, monkeypatch):
         held = values.dtype if dtype == "F8_E4M3" else np.dtype(rng.choice(["float32", "bfloat16"]))
         room = np.zeros([2 * n for n in shape], held)
         out = room[tuple(slice(1, 1 + s.stop - s.start) for s in box)]
-        assert read_box(tensor, box, out, pool)
+        with OpenFiles() as files:
+            assert read_boxes([(tensor, box, out)], files, pool) == []
         np.testing.assert_array_equal(out, values[box].astype(held))
         out[...] = 0
         assert not room.astype(np.float32).any(), "nothing beside the box is written"
