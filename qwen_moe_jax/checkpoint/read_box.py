@@ -1,11 +1,12 @@
 """Boxes of stored tensors, read into memory: the one place where weights are read.
 
-Boxes are cut into pieces that fit into a processor's caches, which several threads read, convert and look
-through for NaN at once. What lies together in the file is read straight to where it belongs. Where a box has
-only a short run of each row, the runs are copied out of a map of the file, whose pages are given back at
-once, so that they do not stay resident beside what they were copied to.
+Boxes are cut into pieces that fit into a processor's caches, which several threads copy, convert and look
+through for NaN at once. They are copied out of a map of the file, which out of the page cache takes half the
+time of reading into fresh memory; its pages are given back at once, so that they do not stay resident beside
+what they were copied to.
 """
 
+import dataclasses
 import itertools
 import mmap
 import os
@@ -29,8 +30,6 @@ Part = tuple[StoredTensor, Box, np.ndarray]
 _PIECE = 1 << 20
 # Bytes that a thread takes at once.
 _JOB = 1 << 23
-# A run shorter than this is copied out of the map.
-_SHORT_RUN = 1 << 14
 # Elements of a piece of a whole tensor.
 _ELEMENTS = 1 << 18
 
@@ -40,8 +39,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
-        self._maps: dict[Path, tuple[mmap.mmap, np.ndarray]] = {}
+        self._open: dict[Path, OpenFile] = {}
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -49,26 +47,31 @@ class OpenFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._maps.clear()  # unmapped with the last view of it
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._open.values():
+            os.close(file.descriptor)
+        self._open.clear()  # unmapped with the last view of it
 
-    def descriptor(self, file: Path) -> int:
-        """To read from."""
+    def __getitem__(self, path: Path) -> "OpenFile":
         with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
-
-    def map(self, file: Path) -> tuple[mmap.mmap, np.ndarray]:
-        """A map of the file, and its bytes."""
-        descriptor = self.descriptor(file)
-        with self._lock:
-            if file not in self._maps:
+            if path not in self._open:
+                descriptor = os.open(path, os.O_RDONLY)
                 mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-                self._maps[file] = mapped, np.frombuffer(mapped, np.uint8)
-            return self._maps[file]
+                self._open[path] = OpenFile(descriptor, mapped, np.frombuffer(mapped, np.uint8))
+            return self._open[path]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenFile:
+    """A file and its map."""
+
+    descriptor: int
+    mapped: mmap.mmap
+    content: np.ndarray
+
+    def give_pages_back(self, begin: int, end: int) -> None:
+        """What was looked at is not needed again."""
+        begin -= begin % mmap.PAGESIZE
+        self.mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def read_boxes(parts: Iterable[Part], files: OpenFiles, threads: Executor | None = None) -> list[str]:
@@ -120,18 +123,52 @@ def _jobs(parts: Iterable[Part]) -> Iterator[list[tuple[Part, Box]]]:
 
 def _read_job(job: list[tuple[Part, Box]], files: OpenFiles) -> list[str]:
     damaged = []
-    touched: dict[Path, tuple[int, int]] = {}
+    looked_at: dict[Path, tuple[int, int]] = {}
+
+    def give_pages_back() -> None:
+        for path, window in looked_at.items():
+            files[path].give_pages_back(*window)
+        looked_at.clear()
+
     for (tensor, box, out), piece in job:
-        finite, window = _read_piece(files, tensor, box, piece, out)
-        if not finite:
+        file = files[tensor.file]
+        place = tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(piece, box, strict=True))
+        first, span = _extent(tensor, piece)
+        window = tensor.offset + first, tensor.offset + first + span
+        # a mapped page behind the end of a file cannot be read, so the end is looked at anew
+        if tensor.file not in looked_at and os.fstat(file.descriptor).st_size < file.content.size:
+            raise CheckpointError(f"{tensor.file} ended inside {tensor.key}: it changed while being read.")
+        begin, end = looked_at.get(tensor.file, window)
+        looked_at[tensor.file] = min(begin, window[0]), max(end, window[1])
+        if not _copy(file.content[slice(*window)], tensor, out[place]):
             damaged.append(tensor.key)
-        if window is not None:
-            begin, end = touched.get(tensor.file, window)
-            touched[tensor.file] = min(begin, window[0]), max(end, window[1])
-    for file, (begin, end) in touched.items():
-        begin -= begin % mmap.PAGESIZE
-        files.map(file)[0].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        if sum(end - begin for begin, end in looked_at.values()) >= _PIECE:
+            give_pages_back()
+    give_pages_back()
     return damaged
+
+
+def _extent(tensor: StoredTensor, box: Box) -> tuple[int, int]:
+    """(byte of the first element within the tensor, bytes up to the end of the last one)."""
+    stride = READABLE_DTYPES[tensor.dtype].itemsize
+    first, last = 0, 0
+    for s, size in zip(reversed(box), reversed(tensor.shape), strict=True):
+        first += s.start * stride
+        last += (s.stop - 1) * stride
+        stride *= size
+    return first, last + READABLE_DTYPES[tensor.dtype].itemsize - first
+
+
+def _copy(content: np.ndarray, tensor: StoredTensor, target: np.ndarray) -> bool:
+    """Elements out of bytes of a file, which begin with the first one: whether all are finite."""
+    stored = READABLE_DTYPES[tensor.dtype]
+    strides = [stored.itemsize * prod(tensor.shape[d + 1 :]) for d in range(target.ndim)]
+    values = np.lib.stride_tricks.as_strided(content.view(stored), target.shape, strides, writeable=False)
+    with np.errstate(over="ignore"):
+        np.copyto(target, values, casting="unsafe")
+    # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
+    narrow = values if stored.itemsize < target.dtype.itemsize else target
+    return all_finite(np.ascontiguousarray(narrow))
 
 
 def iter_float32(tensor: StoredTensor) -> Iterator[np.ndarray]:
@@ -163,79 +200,3 @@ def _pieces(box: Box, itemsize: int) -> Iterator[Box]:
                 slice(start, min(start + step, box[cut].stop)),
                 *box[cut + 1 :],
             )
-
-
-def _read_piece(
-    files: OpenFiles, tensor: StoredTensor, box: Box, piece: Box, out: np.ndarray
-) -> tuple[bool, tuple[int, int] | None]:
-    """Reads a piece of a box: (whether it is finite, bytes of the file's map that were looked at)."""
-    target = out[tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(piece, box, strict=True))]
-    stored = READABLE_DTYPES[tensor.dtype]
-    if stored == target.dtype and target.flags.c_contiguous:
-        values = target
-    else:
-        values = np.empty(target.shape, stored)
-    first, run, span = _extent(tensor, piece)
-    window = None
-    if run == span:
-        _fill(files, values.reshape(-1).view(np.uint8), tensor, first * stored.itemsize)
-    elif run * stored.itemsize >= _SHORT_RUN:
-        for start, part in _runs(tensor, piece, values, run):
-            _fill(files, part.view(np.uint8), tensor, start * stored.itemsize)
-    else:
-        begin = tensor.offset + first * stored.itemsize
-        window = begin, begin + span * stored.itemsize
-        _copy_out_of_map(files, tensor, values, window)
-    if values is not target:
-        with np.errstate(over="ignore"):
-            np.copyto(target, values, casting="unsafe")
-    # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
-    narrow = values if stored.itemsize <= target.dtype.itemsize else target
-    return all_finite(np.ascontiguousarray(narrow)), window
-
-
-def _extent(tensor: StoredTensor, box: Box) -> tuple[int, int, int]:
-    """(flat index of the first element, elements that lie together from it on, elements up to the last)."""
-    strides = [prod(tensor.shape[d + 1 :]) for d in range(len(box))]
-    first = sum(s.start * stride for s, stride in zip(box, strides, strict=True))
-    last = sum((s.stop - 1) * stride for s, stride in zip(box, strides, strict=True))
-    divided = max((d for d, s in enumerate(box) if s.stop - s.start < tensor.shape[d]), default=0)
-    run = prod(s.stop - s.start for s in box[divided:])
-    return first, run, last + 1 - first
-
-
-def _runs(tensor: StoredTensor, box: Box, values: np.ndarray, run: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(flat index in the tensor, where it goes) of each run of a box."""
-    flat = values.reshape(-1)
-    divided = next(d for d in range(len(box)) if prod(s.stop - s.start for s in box[d:]) == run)
-    strides = [prod(tensor.shape[d + 1 :]) for d in range(len(box))]
-    inside = sum(s.start * stride for s, stride in zip(box[divided:], strides[divided:], strict=True))
-    for number, lead in enumerate(itertools.product(*(range(s.start, s.stop) for s in box[:divided]))):
-        start = sum(i * stride for i, stride in zip(lead, strides, strict=False)) + inside
-        yield start, flat[number * run : (number + 1) * run]
-
-
-def _copy_out_of_map(
-    files: OpenFiles, tensor: StoredTensor, values: np.ndarray, window: tuple[int, int]
-) -> None:
-    begin, end = window
-    # a mapped page behind the end of a file cannot be read, so the end is looked at anew
-    if os.fstat(files.descriptor(tensor.file)).st_size < end:
-        raise _ended(tensor)
-    flat = files.map(tensor.file)[1][begin:end].view(values.dtype)
-    strides = [prod(tensor.shape[d + 1 :]) * values.itemsize for d in range(values.ndim)]
-    np.copyto(values, np.lib.stride_tricks.as_strided(flat, values.shape, strides, writeable=False))
-
-
-def _fill(files: OpenFiles, buffer: np.ndarray, tensor: StoredTensor, offset: int) -> None:
-    descriptor = files.descriptor(tensor.file)
-    view, place = memoryview(buffer.data), tensor.offset + offset
-    while view:
-        count = os.preadv(descriptor, [view], place)
-        if not count:
-            raise _ended(tensor)
-        view, place = view[count:], place + count
-
-
-def _ended(tensor: StoredTensor) -> CheckpointError:
-    return CheckpointError(f"{tensor.file} ended inside {tensor.key}: it changed while being read.")
