@@ -27,6 +27,8 @@ EXTRA_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 
 # Where the arrays of a checkpoint in Orbax layout lie.
 ORBAX_FOLDER = "orbax"
+# The same while it is written, see `orbax_folder`.
+ORBAX_PART = "orbax.part"
 
 # (key, dtype, shape) of a tensor in a file
 Entry = tuple[str, np.dtype, tuple[int, ...]]
@@ -65,7 +67,7 @@ def write_safetensors(
     """
     check_parameters(parameters, config)
     folder = Path(folder)
-    refuse_second_layout(folder, ORBAX_FOLDER)
+    refuse_second_layout(folder, ORBAX_FOLDER, ORBAX_PART)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
     entries = [(hf_key(name), dtypes[name], value.shape) for name, value in parameters.items()]
