@@ -1,8 +1,8 @@
 """Checkpoints in Orbax layout, which restore straight into any sharding.
 
-Arrays are written by Orbax and read with tensorstore, on which Orbax stands: only the boxes that this process's
-devices hold, from files mapped into memory while they are read. The orbax package is imported when something is
-written: it takes as long as the rest of this library.
+Arrays are written by Orbax and read with tensorstore, on which Orbax stands: only the boxes that this
+process's devices hold, from files mapped into memory while they are read. The orbax package is imported when
+something is written: it takes as long as the rest of this library.
 """
 
 import itertools
@@ -44,8 +44,10 @@ from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 # Targets that are read at once: one is checked or put on its device while the other is read.
 _READERS = 2
 
-# Bytes read at once: few enough to be in the caches still when they are checked or converted.
-_PIECE_BYTES = 4 << 20
+# Bytes read at once. A read maps and unmaps its file, which large pieces do less often; but what is converted
+# goes through a buffer of this size.
+_PIECE_BYTES = 64 << 20
+_CONVERTED_BYTES = 16 << 20
 
 
 def save_orbax(
@@ -187,15 +189,19 @@ def _read_box(array: Any, box: Box, out: np.ndarray) -> bool:
     import tensorstore as ts
 
     stored = array.dtype.numpy_dtype
+    direct = stored == out.dtype
+    scratch = None if direct else np.empty(min(out.size, _CONVERTED_BYTES // stored.itemsize), stored)
     finite = True
-    for inside in _pieces(out.shape, stored.itemsize):
+    for inside in _pieces(out.shape, (_PIECE_BYTES if direct else _CONVERTED_BYTES) // stored.itemsize):
         target = out[inside]
-        source = array[tuple(slice(b.start + s.start, b.start + s.stop) for b, s in zip(box, inside, strict=True))]
-        if stored == out.dtype:
+        source = array[
+            tuple(slice(b.start + s.start, b.start + s.stop) for b, s in zip(box, inside, strict=True))
+        ]
+        if scratch is None:
             _copy(ts, source, target)
             piece = np.ascontiguousarray(target)
         else:
-            piece = np.empty(target.shape, stored)
+            piece = scratch[: target.size].reshape(target.shape)
             _copy(ts, source, piece)
             with np.errstate(over="ignore"):
                 np.copyto(target, piece, casting="unsafe")
@@ -210,9 +216,8 @@ def _copy(ts: Any, source: Any, target: np.ndarray) -> None:
     ts.array(target).write(source.translate_to[(0,) * target.ndim]).result()  # into the array's own memory
 
 
-def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """A box of this shape in boxes of at most _PIECE_BYTES, each together in a row-major array."""
-    limit = max(1, _PIECE_BYTES // itemsize)
+def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """A box of this shape in boxes of at most `limit` elements, each together in a row-major array."""
     # dimensions before this one are taken one by one, those behind it whole
     cut = next((d for d in range(len(shape)) if prod(shape[d + 1 :]) <= limit), 0)
     if not shape:

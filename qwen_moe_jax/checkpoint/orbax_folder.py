@@ -1,12 +1,12 @@
 """The Orbax layout on disk: one Orbax checkpoint a group of parameters, and when all of them are there.
 
     folder/config.json, tokenizer files
-    folder/orbax/manifest.json      {"groups": {group: [canonical names]}, "source": what it was converted from}
-    folder/orbax/layers.0/          an Orbax PyTree checkpoint: {canonical name: array}
+    folder/orbax/manifest.json   {"groups": {group: [canonical names]}, "source": what it was converted from}
+    folder/orbax/layers.0/       an Orbax PyTree checkpoint: {canonical name: array}
 
 A layer is a group; so are the embedding, the last norm and the head. Groups are written under `orbax.part/`,
-each under another name until it is on the disk, and the folder gets its real name when everything is there. So
-whatever moment a writer dies at, `orbax/` is whole or absent, and a group under its real name is whole.
+each under another name until it is on the disk, and the folder gets its real name when everything is there.
+So whatever moment a writer dies at, `orbax/` is whole or absent, and a group under its real name is whole.
 """
 
 import itertools
@@ -67,7 +67,7 @@ def refuse_unfinished(folder: str | Path) -> None:
             "again to finish it."
         )
     raise CheckpointError(
-        f"{folder} holds an interrupted save in Orbax layout ({ORBAX_PART}); save it again."
+        f"{folder} holds an interrupted save in Orbax layout ({ORBAX_PART}); save or convert it again."
     )
 
 
@@ -90,7 +90,9 @@ def read_manifest(orbax: Path, folder: Path) -> tuple[Groups, dict[str, Any] | N
     groups, source = found.get("groups"), found.get("source")
     if not (
         isinstance(groups, dict)
-        and all(_plain(g) and isinstance(names, list) and all(map(_plain, names)) for g, names in groups.items())
+        and all(
+            _plain(g) and isinstance(names, list) and all(map(_plain, names)) for g, names in groups.items()
+        )
         and isinstance(source, dict | None)
     ):
         raise CheckpointError(f"{folder} has a damaged {orbax.name}/{MANIFEST}; copy it again.")
