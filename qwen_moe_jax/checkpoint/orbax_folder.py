@@ -9,11 +9,13 @@ each under another name until it is on the disk, and the folder gets its real na
 So whatever moment a writer dies at, `orbax/` is whole or absent, and a group under its real name is whole.
 """
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,7 @@ def write_group(
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=handlers
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer, _without_packing_warning():
         save_args = {name: ocp.SaveArgs(dtype=dtypes[name]) for name in arrays}
         checkpointer.save(saving, ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
     for path in saving.rglob("*"):
@@ -156,6 +158,21 @@ def write_group(
     _sync(saving)
     saving.rename(part / group)
     _sync(part)
+
+
+@contextlib.contextmanager
+def _without_packing_warning() -> Iterator[None]:
+    """Orbax warns at every save that there are no common files to merge."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def finish(folder: Path) -> None:
