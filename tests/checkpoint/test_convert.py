@@ -127,7 +127,7 @@ def test_fused_experts_and_tied_embeddings(seed, tmp_path):
         ("os.rename", 1, 0),
         ("os.rename", 2, 0),
         ("os.rename", 7, 2),
-        ("os.mkdir", 12, None),
+        ("os.mkdir", 5, None),
         ("open", 60, None),
         ("os.rename", 12, 5),
     ],
