@@ -44,10 +44,10 @@ from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 # Targets that are read at once: one is checked or put on its device while the other is read.
 _READERS = 2
 
-# Bytes read at once. A read maps and unmaps its file, which large pieces do less often; but what is converted
-# goes through a buffer of this size.
+# Bytes read at once: many, since a read maps and unmaps its file; few where they are converted on the way,
+# so that they are in the caches still.
 _PIECE_BYTES = 64 << 20
-_CONVERTED_BYTES = 16 << 20
+_CONVERTED_BYTES = 2 << 20
 
 
 def save_orbax(

@@ -1,5 +1,6 @@
 """The Orbax layout: the same parameters back, in any sharding, and damage named."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from checkpoint_cases import TIED_SEED, UNTIED_SEED, config_of, expected_of, random_parameters
 
 from qwen_moe_jax import QwenMoe
-from qwen_moe_jax.checkpoint import orbax
+from qwen_moe_jax.checkpoint import orbax, orbax_folder
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_matrix
 from qwen_moe_jax.checkpoint.orbax import read_orbax, save_orbax, stored_arrays
@@ -230,6 +231,40 @@ def test_orbax_itself_restores_a_group_and_files_hold_nothing_but_the_values(sav
         np.testing.assert_array_equal(np.asarray(value, np.float32), parameters[name], name)
         chunk = saved / "orbax" / "layers.0" / name / ".".join("0" * value.ndim)
         assert chunk.read_bytes() == np.asarray(value).tobytes(), name
+
+
+def pages_in_memory(file):
+    """The share of a file's pages that the page cache holds, as the kernel says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        address = libc.mmap(None, ctypes.c_size_t(size), 1, 1, stream.fileno(), ctypes.c_long(0))
+    found = (ctypes.c_ubyte * -(-size // 4096))()
+    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found) == 0
+    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    return sum(page & 1 for page in found) / len(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore and the way to empty the page cache are Linux's")
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_of_an_array_the_disk_gives_the_slice_and_not_the_rest(held, tmp_path):
+    """An eighth of 64 MB, from a page cache that holds none of it; the kernel reads ahead, up to 8 MB at once."""
+    name = "layers.0.mlp.experts.down_proj"
+    value = jnp.zeros((64, 512, 512), jnp.float32) + jnp.arange(64)[:, None, None]
+    part = orbax_folder.begin(tmp_path, orbax_folder.groups_of([name]), None)
+    orbax_folder.write_group(part, "layers.0", {name: value}, {name: np.dtype(np.float32)})
+    orbax_folder.finish(tmp_path)
+    file = tmp_path / "orbax" / "layers.0" / name / "0.0.0"
+    with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_memory(file) > 0:
+        pytest.skip("this file system keeps its files in memory")
+    array = orbax._open_arrays(tmp_path)[name]
+    out = np.empty((8, 512, 512), jnp.dtype(held))
+    assert orbax._read_box(array, (slice(16, 24), slice(0, 512), slice(0, 512)), out)
+    np.testing.assert_array_equal(out[:, 3, 5].astype(np.float32), np.arange(16, 24))
+    assert 0.125 <= pages_in_memory(file) < 0.5
 
 
 def test_a_matrix_that_would_be_rounded_is_refused(tmp_path):
