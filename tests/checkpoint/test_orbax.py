@@ -249,7 +249,7 @@ def pages_in_memory(file):
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore and the way to empty the page cache are Linux's")
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
 def test_of_an_array_the_disk_gives_the_slice_and_not_the_rest(held, tmp_path):
-    """An eighth of 64 MB, from a page cache that holds none of it; the kernel reads ahead, up to 8 MB at once."""
+    """An eighth of 64 MB, from a page cache that holds none of it; the kernel reads up to 8 MB ahead."""
     name = "layers.0.mlp.experts.down_proj"
     value = jnp.zeros((64, 512, 512), jnp.float32) + jnp.arange(64)[:, None, None]
     part = orbax_folder.begin(tmp_path, orbax_folder.groups_of([name]), None)
