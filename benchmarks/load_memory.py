@@ -26,7 +26,8 @@ def _load_here(folder: Path, held: str) -> int:
     import jax.numpy as jnp
 
     from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
-    from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax
+    from qwen_moe_jax.checkpoint.orbax import read_orbax
+    from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
     from qwen_moe_jax.checkpoint.reader import read_parameters
     from qwen_moe_jax.config import ModelConfig
 
@@ -36,8 +37,6 @@ def _load_here(folder: Path, held: str) -> int:
         for name, shape in parameter_shapes(ModelConfig.from_file(folder)).items()
     }
     if is_orbax(folder):
-        import orbax.checkpoint  # noqa: F401  (not part of the time)
-
         return _timed(lambda: sum(value.nbytes for value in read_orbax(folder, expected).values()))
     return _timed(lambda: sum(value.nbytes for value in read_parameters(folder, expected)[0].values()))
 

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen_moe_jax.errors import InputError, QwenMoeError
@@ -125,10 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
-        "convert", parents=[common, loading], help="write a checkpoint in Orbax layout"
+        "convert",
+        parents=[common],
+        help="write a checkpoint in Orbax layout, in the dtypes it has; started again, it goes on",
     )
     command.add_argument("source", help="checkpoint folder or hub id")
-    command.add_argument("destination", help="folder to write")
+    command.add_argument("destination", help="folder to write, or to finish")
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
@@ -285,13 +286,23 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from qwen_moe_jax.checkpoint.writer import require_new_folder
+    from qwen_moe_jax.checkpoint.convert import convert_checkpoint
+    from qwen_moe_jax.checkpoint.inspect import size_in_words
+    from qwen_moe_jax.generation.loading import resolve_folder
 
-    destination = Path(options.destination)
-    require_new_folder(destination)
-    model = _load(options.source, options)
-    model.save_orbax(destination)
-    print(f"wrote {destination} ({model.config.num_hidden_layers} layers, {model.dtype})")
+    source = resolve_folder(options.source)
+    report = convert_checkpoint(source, options.destination, progress=sys.stderr.isatty())
+    _print_left_out(report.skipped)
+    kept = f", {size_in_words(report.kept_bytes)} of them earlier" if report.kept_bytes else ""
+    size = size_in_words(report.written_bytes)
+    print(f"wrote {options.destination} ({report.config.num_hidden_layers} layers, {size}{kept})")
+
+
+def _print_left_out(skipped: dict[str, int]) -> None:
+    for family, count in skipped.items():
+        print(
+            f"{count} tensors of {family} are not part of text generation and were left out.", file=sys.stderr
+        )
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -303,10 +314,7 @@ def _quantize(options: argparse.Namespace) -> None:
     report = quantize_checkpoint(
         source, options.destination, scale_dtype=options.scales, progress=sys.stderr.isatty()
     )
-    for family, count in report.skipped.items():
-        print(
-            f"{count} tensors of {family} are not part of text generation and were left out.", file=sys.stderr
-        )
+    _print_left_out(report.skipped)
     before, after = size_in_words(report.source_bytes), size_in_words(report.written_bytes)
     print(f"wrote {options.destination}: {before} became {after}")
 

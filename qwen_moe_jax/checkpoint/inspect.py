@@ -14,7 +14,8 @@ from qwen_moe_jax.checkpoint.layout import (
     scale_name,
     skipped_family,
 )
-from qwen_moe_jax.checkpoint.orbax import check_arrays, is_orbax, stored_arrays
+from qwen_moe_jax.checkpoint.orbax import check_arrays, stored_arrays
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.reader import match_tensors
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, stored_tensors
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
@@ -44,7 +45,7 @@ class CheckpointSummary:
         parameters: component -> number of parameters.
         active_parameters: component -> parameters that one token's forward reads: its own row of the
             embedding, top-k of the routed experts, everything else whole.
-        stored_bytes: dtype -> bytes of the text model's weights on disk (Orbax: before compression).
+        stored_bytes: dtype -> bytes of the text model's weights on disk.
         skipped_bytes: family that text generation does not use -> its bytes on disk.
         loaded_bytes: dtype the matrices are held in -> bytes of all parameters in memory.
         kv_bytes_per_token: dtype the keys and values are held in -> bytes a token adds to the caches.
@@ -141,12 +142,13 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
     Raises:
         CheckpointNotFoundError: no config.json.
         ConfigError: a configuration that is not implemented.
-        CheckpointError: weights that are damaged or do not fit the configuration.
+        CheckpointError: weights that are unfinished, damaged, or do not fit the configuration.
         InputError: `context` is not a positive integer.
     """
     folder = Path(folder)
     if context is not None and (not isinstance(context, int) or context < 1):
         raise InputError(f"context is {context!r}; expected a positive number of tokens.")
+    refuse_unfinished(folder)
     config = ModelConfig.from_file(folder)
     shapes = parameter_shapes(config)
     layout, stored, skipped = _stored(folder, shapes)

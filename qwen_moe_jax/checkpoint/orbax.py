@@ -1,24 +1,39 @@
 """Checkpoints in Orbax layout, which restore straight into any sharding.
 
-A folder holds config.json and the tokenizer files beside `orbax/`, where each parameter is an array under its
-canonical name. The orbax package is imported when it is used: it takes as long as the rest of this library.
+Arrays are written by Orbax and read with tensorstore, on which Orbax stands: only the boxes that this
+process's devices hold, from files mapped into memory while they are read. The orbax package is imported when
+something is written: it takes as long as the rest of this library.
 """
 
 import itertools
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import differences
+from qwen_moe_jax.checkpoint.block_scales import E4M3
+from qwen_moe_jax.checkpoint.layout import differences, scale_name
+from qwen_moe_jax.checkpoint.orbax_folder import (
+    begin,
+    finish,
+    groups_of,
+    is_orbax,
+    read_manifest,
+    refuse_unfinished,
+    write_group,
+)
 from qwen_moe_jax.checkpoint.reader import ReadReport
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, abbreviate, all_finite
-from qwen_moe_jax.checkpoint.targets import Box, Target, place
+from qwen_moe_jax.checkpoint.targets import Box, Target, place, whole
 from qwen_moe_jax.checkpoint.writer import (
+    FLOATS,
     ORBAX_FOLDER,
     check_parameters,
     refuse_second_layout,
@@ -28,10 +43,13 @@ from qwen_moe_jax.checkpoint.writer import (
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 
+# Targets that are read at once: one is checked or put on its device while the other is read.
+_READERS = 2
 
-def is_orbax(folder: str | Path) -> bool:
-    """Whether the folder holds a checkpoint in Orbax layout."""
-    return (Path(folder) / ORBAX_FOLDER).is_dir()
+# Bytes read at once: many, since a read maps and unmaps its file; few where they are converted on the way,
+# so that they are in the caches still.
+_PIECE_BYTES = 64 << 20
+_CONVERTED_BYTES = 2 << 20
 
 
 def save_orbax(
@@ -44,11 +62,11 @@ def save_orbax(
 ) -> None:
     """Writes parameters, config.json and the files beside them; an earlier Orbax checkpoint is replaced.
 
-    Dtypes on disk are those of `write_safetensors`.
+    The earlier one stays until the new one is whole. Dtypes on disk are those of `write_safetensors`.
 
     Args:
         folder: created if it does not exist.
-        parameters: canonical name -> array (of any sharding), exactly those of `config`.
+        parameters: canonical name -> array (of any sharding, of this process), exactly those of `config`.
         config: written with `dtype` as its own.
         dtype: the model's compute dtype, float32 or bfloat16.
         extra_files_from: folder whose tokenizer, chat template and generation_config.json are copied.
@@ -57,75 +75,32 @@ def save_orbax(
         CheckpointError: parameters that do not fit the configuration, a matrix that `dtype` cannot hold, or a
             folder with a checkpoint in Hugging Face layout.
     """
-    import orbax.checkpoint as ocp
-
     check_parameters(parameters, config)
-    folder = Path(folder).resolve()  # Orbax takes absolute paths only
+    folder = Path(folder)
     refuse_second_layout(folder, SINGLE_FILE, INDEX_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            folder / ORBAX_FOLDER,
-            ocp.args.PyTreeSave(
-                dict(parameters), save_args={name: ocp.SaveArgs(dtype=dtypes[name]) for name in parameters}
-            ),
-            force=True,
-        )
+    groups = groups_of(parameters)
+    part = begin(folder, groups, None)
+    for group, names in groups.items():
+        write_group(part, group, {name: parameters[name] for name in names}, dtypes)
     write_side_files(folder, config, np.dtype(dtype), extra_files_from)
+    finish(folder)
 
 
 def read_orbax(
     folder: str | Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, progress: bool = False
 ) -> dict[str, jax.Array]:
-    """Reads every expected parameter, a layer at a time, into the sharding its struct names.
+    """Reads parameters that are held as they are stored; see `read_orbax_targets`.
 
     Args:
-        folder: as written by `save_orbax`.
+        folder: as there.
         expected: canonical name -> shape, held dtype and a sharding, or None for the default device.
-        progress: show a progress bar on standard error.
-
-    Raises:
-        CheckpointNotFoundError: no Orbax checkpoint in the folder.
-        CheckpointError: it is damaged, or keys, shapes or values do not fit (all are named).
+        progress: as there.
     """
-    import orbax.checkpoint as ocp
-
-    folder = Path(folder).resolve()
-    if not is_orbax(folder):
-        raise CheckpointNotFoundError(
-            f"{folder} holds no {ORBAX_FOLDER} folder; expected a checkpoint in Orbax layout."
-        )
-    default = jnp.zeros(()).sharding
-    read: dict[str, jax.Array] = {}
-    total = sum(struct.size * struct.dtype.itemsize for struct in expected.values())
-    with (
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar,
-    ):
-        shapes = {name: tuple(struct.shape) for name, struct in expected.items()}
-        check_arrays(folder, _metadata(checkpointer, folder), shapes)
-        for _, group in itertools.groupby(expected, key=_layer):
-            structs = {name: expected[name] for name in group}
-            args = {
-                name: ocp.ArrayRestoreArgs(
-                    sharding=struct.sharding or default, global_shape=struct.shape, dtype=struct.dtype
-                )
-                for name, struct in structs.items()
-            }
-            try:
-                arrays = checkpointer.restore(
-                    folder / ORBAX_FOLDER,
-                    ocp.args.PyTreeRestore(structs, restore_args=args, partial_restore=True),
-                )
-            except Exception as error:  # tensorstore raises built-in types of many kinds
-                raise _damaged(folder, error) from error
-            read |= arrays
-            bar.update(sum(array.nbytes for array in arrays.values()))
-    not_finite = [name for name, value in read.items() if not _all_finite(value)]
-    if not_finite:
-        raise _not_finite(folder, not_finite)
-    return {name: read[name] for name in expected}
+    targets = {name: whole(name, struct) for name, struct in expected.items()}
+    shapes = {name: tuple(struct.shape) for name, struct in expected.items()}
+    return read_orbax_targets(folder, targets, shapes, progress=progress)[0]
 
 
 def read_orbax_targets(
@@ -135,89 +110,175 @@ def read_orbax_targets(
     *,
     progress: bool = False,
 ) -> tuple[dict[str, jax.Array], ReadReport]:
-    """Reads targets; see `reader.read_targets`, whose Orbax counterpart this is.
+    """Reads every target, two at a time, and of each what this process's devices hold of it.
 
-    Parameters that are held as they are stored are restored straight into their sharding. Others come through
-    the host, one layer at a time, whole, in every process.
+    The mesh it was saved from does not matter. See `reader.read_targets`, whose Orbax counterpart this is.
+
+    Args:
+        folder: as written by `save_orbax` or `convert_checkpoint`.
+        targets: name -> what is held and what it is made of.
+        shapes: canonical name -> shape of every parameter that the checkpoint has to hold.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        (name -> array, in the order of `targets`; what else was found). The bytes read are those of the boxes
+        that were asked for; a disk gives whole pages.
+
+    Raises:
+        CheckpointNotFoundError: no Orbax checkpoint in the folder.
+        CheckpointError: it is unfinished or damaged, or keys, shapes or values do not fit (all are named).
     """
-    stored = stored_arrays(folder)
-    total = sum(array.size * array.dtype.itemsize for array in stored.values())
-    report = ReadReport(
-        file_bytes=total,
-        read_bytes=total,
-        skipped={},
-        rounded=(),
-        dtypes={name: np.dtype(array.dtype) for name, array in stored.items()},
-    )
-    if targets.keys() == shapes.keys() and all(target.as_stored for target in targets.values()):
-        expected = {name: target.struct for name, target in targets.items()}
-        return read_orbax(folder, expected, progress=progress), report
-
+    folder = Path(folder)
+    arrays = _open_arrays(folder)
+    stored = {name: _struct(array) for name, array in arrays.items()}
     check_arrays(folder, stored, shapes)
-    read: dict[str, jax.Array] = {}
-    damaged: list[str] = []
-    hosts: dict[str, np.ndarray] = {}
+    lock = threading.Lock()
+    read_bytes = 0
+    rounded: set[str] = set()
 
-    def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
-        if _layer(name) != _layer(next(iter(hosts), "")):
-            hosts.clear()
-            hosts.update(
-                _restore_layer(folder, {n: s for n, s in stored.items() if _layer(n) == _layer(name)})
-            )
-            bar.update(sum(host.nbytes for host in hosts.values()))
-        with np.errstate(over="ignore"):
-            out[...] = hosts[name][box]
-        finite = all_finite(np.ascontiguousarray(out))
-        return [] if finite else [name]
+    with tqdm(unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for name, target in targets.items():
-            read[name], not_finite = place(target, fetch)
+        def fetch(name: str, box: Box, out: np.ndarray) -> list[str]:
+            nonlocal read_bytes
+            try:
+                finite = _read_box(arrays[name], box, out)
+            except Exception as error:  # tensorstore raises built-in types of many kinds
+                raise _damaged(folder, error) from error
+            count = out.size * stored[name].dtype.itemsize
+            with lock:
+                read_bytes += count
+                bar.update(count)
+                if stored[name].dtype.itemsize > out.dtype.itemsize:
+                    rounded.add(name)
+            return [] if finite else [name]
+
+        read: dict[str, jax.Array] = {}
+        damaged: list[str] = []
+        for name, (array, not_finite) in _placed(targets, fetch):
+            read[name] = array
             damaged += not_finite
     if damaged:
-        raise _not_finite(folder, list(dict.fromkeys(damaged)))
+        names = abbreviate(list(dict.fromkeys(damaged)))
+        raise CheckpointError(f"{folder} holds NaN or infinite values in {names}; the weights are damaged.")
+    report = ReadReport(
+        file_bytes=sum(array.size * array.dtype.itemsize for array in stored.values()),
+        read_bytes=read_bytes,
+        skipped={},
+        rounded=tuple(name for name in stored if name in rounded),
+        dtypes={name: np.dtype(array.dtype) for name, array in stored.items()},
+    )
     return read, report
 
 
-def _restore_layer(folder: str | Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-
-    path = Path(folder).resolve() / ORBAX_FOLDER
-    args = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=array.dtype) for name, array in arrays.items()
-    }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+def _placed(targets: Mapping[str, Target], fetch: Any) -> Iterator[tuple[str, tuple[jax.Array, list[str]]]]:
+    """What `place` gives for each target, in their order, a few being read ahead."""
+    pending: deque[tuple[str, Future[tuple[jax.Array, list[str]]]]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
         try:
-            return checkpointer.restore(
-                path, ocp.args.PyTreeRestore(dict(arrays), restore_args=args, partial_restore=True)
+            for name, target in targets.items():
+                pending.append((name, pool.submit(place, target, fetch)))
+                if len(pending) > _READERS:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            for name, future in pending:
+                yield name, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_box(array: Any, box: Box, out: np.ndarray) -> bool:
+    """Fills `out` with a box of a stored array, converting on the way; whether it is finite in `out`."""
+    import tensorstore as ts
+
+    stored = array.dtype.numpy_dtype
+    direct = stored == out.dtype
+    scratch = None if direct else np.empty(min(out.size, _CONVERTED_BYTES // stored.itemsize), stored)
+    finite = True
+    for inside in _pieces(out.shape, (_PIECE_BYTES if direct else _CONVERTED_BYTES) // stored.itemsize):
+        target = out[inside]
+        source = array[
+            tuple(slice(b.start + s.start, b.start + s.stop) for b, s in zip(box, inside, strict=True))
+        ]
+        if scratch is None:
+            _copy(ts, source, target)
+            piece = np.ascontiguousarray(target)
+        else:
+            piece = scratch[: target.size].reshape(target.shape)
+            _copy(ts, source, piece)
+            with np.errstate(over="ignore"):
+                np.copyto(target, piece, casting="unsafe")
+            # The narrower of the two shows every infinity and NaN (a float32 value may overflow bfloat16).
+            if target.itemsize < piece.itemsize:
+                piece = np.ascontiguousarray(target)
+        finite = finite and all_finite(piece)
+    return finite
+
+
+def _copy(ts: Any, source: Any, target: np.ndarray) -> None:
+    ts.array(target).write(source.translate_to[(0,) * target.ndim]).result()  # into the array's own memory
+
+
+def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """A box of this shape in boxes of at most `limit` elements, each together in a row-major array."""
+    # dimensions before this one are taken one by one, those behind it whole
+    cut = next((d for d in range(len(shape)) if prod(shape[d + 1 :]) <= limit), 0)
+    if not shape:
+        yield ()
+        return
+    step = max(1, limit // max(1, prod(shape[cut + 1 :])))
+    for lead in itertools.product(*map(range, shape[:cut])):
+        for first in range(0, shape[cut], step):
+            yield (
+                *(slice(i, i + 1) for i in lead),
+                slice(first, min(first + step, shape[cut])),
+                *(slice(0, n) for n in shape[cut + 1 :]),
             )
-        except Exception as error:  # tensorstore raises built-in types of many kinds
-            raise _damaged(path.parent, error) from error
-
-
-def _not_finite(folder: str | Path, names: list[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} holds NaN or infinite values in {abbreviate(names)}; the weights are damaged."
-    )
 
 
 def stored_arrays(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Canonical name -> shape and dtype of every array in a checkpoint in Orbax layout; reads no weights.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointNotFoundError: no Orbax checkpoint in the folder.
+        CheckpointError: it is unfinished or damaged.
     """
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return _metadata(checkpointer, Path(folder).resolve())
+    return {name: _struct(array) for name, array in _open_arrays(Path(folder)).items()}
 
 
-def _metadata(checkpointer: Any, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _struct(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+
+
+def _open_arrays(folder: Path) -> dict[str, Any]:
+    """Canonical name -> tensorstore.TensorStore, of every array that the manifest names."""
+    import tensorstore as ts
+
+    if not is_orbax(folder):
+        raise CheckpointNotFoundError(
+            f"{folder} holds no {ORBAX_FOLDER} folder; expected a checkpoint in Orbax layout."
+        )
+    refuse_unfinished(folder)
+    orbax = folder.resolve() / ORBAX_FOLDER
+    groups, _ = read_manifest(orbax, folder)
+    # Mapped files give slices without reading the rest of an array, and without a copy on the way.
+    context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+    opened = {
+        name: ts.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{orbax / group / name}/"},
+                "fill_missing_data_reads": False,  # a lost file is an error, not zeros
+            },
+            open=True,
+            read=True,
+            context=context,
+        )
+        for group, names in groups.items()
+        for name in names
+    }
     try:
-        tree = checkpointer.metadata(folder / ORBAX_FOLDER).item_metadata.tree
-        return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in tree.items()}
-    except Exception as error:  # as above
+        return {name: future.result() for name, future in opened.items()}
+    except Exception as error:  # tensorstore raises built-in types of many kinds
         raise _damaged(folder, error) from error
 
 
@@ -234,24 +295,21 @@ def check_arrays(
     """Raises CheckpointError, naming everything, unless the arrays are those expected."""
     missing, unexpected, misshapen = differences({n: array.shape for n, array in stored.items()}, shapes)
     wrong = [f"{name} is {list(stored[name].shape)} instead of {list(shapes[name])}" for name in misshapen]
+    scaled = {name for name in shapes if scale_name(name) in shapes}
+    other = [
+        f"{name} is {array.dtype.name}"
+        for name, array in stored.items()
+        if name in shapes and array.dtype not in ((E4M3,) if name in scaled else FLOATS)
+    ]
     problems = [
         f"{what}: {abbreviate(found)}"
         for what, found in (
             ("missing keys", missing),
             ("unexpected keys", unexpected),
             ("wrong shapes", wrong),
+            ("wrong dtypes", other),
         )
         if found
     ]
     if problems:
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(problems)}.")
-
-
-def _layer(name: str) -> str:
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-
-
-def _all_finite(value: jax.Array) -> bool:
-    # On the host, where a shard on CPU is seen without a copy: compiling this for every shape takes longer.
-    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
-    return all(all_finite(np.asarray(shard.data)) for shard in shards)

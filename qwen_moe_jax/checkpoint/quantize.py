@@ -24,7 +24,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_shapes,
     whole_piece,
 )
-from qwen_moe_jax.checkpoint.orbax import is_orbax
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
 from qwen_moe_jax.checkpoint.reader import Source, check_tied_head, match_tensors, read_source, source_dtype
 from qwen_moe_jax.checkpoint.safetensors_files import abbreviate, stored_tensors

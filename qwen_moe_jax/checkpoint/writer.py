@@ -40,12 +40,15 @@ EXTRA_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 
 # Where the arrays of a checkpoint in Orbax layout lie.
 ORBAX_FOLDER = "orbax"
+# The same while it is written, see `orbax_folder`.
+ORBAX_PART = "orbax.part"
 
 # (key, dtype, shape) of a tensor in a file
 Entry = tuple[str, np.dtype, tuple[int, ...]]
 T = TypeVar("T")
 
-_FLOATS = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+# Dtypes of everything but float8 matrices.
+FLOATS = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 _FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()}
 _PIECE = 1 << 20  # elements converted and written at once
 
@@ -78,7 +81,7 @@ def write_safetensors(
     """
     check_parameters(parameters, config)
     folder = Path(folder)
-    refuse_second_layout(folder, ORBAX_FOLDER)
+    refuse_second_layout(folder, ORBAX_FOLDER, ORBAX_PART)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = stored_dtypes(parameters, np.dtype(dtype))
     entries: list[Entry] = []
@@ -144,7 +147,7 @@ def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[
     Raises:
         CheckpointError: a `dtype` that is neither float32 nor bfloat16, or matrices that it cannot hold.
     """
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise CheckpointError(f"A checkpoint cannot be written in {dtype}; expected float32 or bfloat16.")
     exact = {name: _goes_exactly(value, dtype) for name, value in parameters.items()}
     lossy = [name for name, fits in exact.items() if not fits and is_matrix(name)]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, parameter_shapes
-from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax_targets
+from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_targets
 from qwen_moe_jax.checkpoint.scale_targets import with_scales
 from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
@@ -32,9 +33,11 @@ def resolve_folder(name: str | Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: neither.
+        CheckpointError: a folder whose conversion or save was not finished.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_unfinished(path)
         return path
     if path.exists():
         raise CheckpointNotFoundError(f"{name} is a file; expected a checkpoint folder (with config.json).")

@@ -16,6 +16,7 @@ from support.reference import parameters_float64, reference_greedy, reference_lo
 from transformers import Qwen3_5MoeForCausalLM
 
 from qwen_moe_jax import QwenMoe, make_mesh
+from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_block_scaled, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
@@ -317,3 +318,30 @@ def test_a_float_configuration_of_a_float8_checkpoint_is_refused(copy):
 def test_scales_are_named_after_their_matrix():
     name = "layers.3.mlp.experts.down_proj"
     assert matrix_name(scale_name(name)) == matrix_name(name) == name
+
+
+def test_a_conversion_keeps_float8(ragged, tmp_path):
+    convert_checkpoint(ragged.float8, tmp_path / "orbax")
+    restored = QwenMoe.from_pretrained(tmp_path / "orbax", dtype=jnp.float32)
+    model = QwenMoe.from_pretrained(ragged.float8, dtype=jnp.float32)
+    assert restored.config == model.config
+    for name, value in model._parameters.items():
+        other = restored._parameters[name]
+        assert other.dtype == value.dtype, name
+        np.testing.assert_array_equal(
+            np.asarray(other).view(np.uint8), np.asarray(value).view(np.uint8), name
+        )
+    mesh = on_mesh(tmp_path / "orbax", (1, 2, 4), "sharded", {})
+    direct = on_mesh(ragged.float8, (1, 2, 4), "sharded", {})
+    for name, value in direct._parameters.items():
+        np.testing.assert_array_equal(
+            np.asarray(mesh._parameters[name]).view(np.uint8), np.asarray(value).view(np.uint8), name
+        )
+
+
+def test_float8_arrays_without_their_configuration_are_refused(ragged, tmp_path):
+    convert_checkpoint(ragged.plain, tmp_path / "orbax")
+    file = tmp_path / "orbax" / "config.json"
+    file.write_text((ragged.float8 / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"wrong dtypes: layers\.0\.[\w.]+ is float32"):
+        QwenMoe.from_pretrained(tmp_path / "orbax", dtype=jnp.float32)

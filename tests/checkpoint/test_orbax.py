@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from checkpoint_cases import TIED_SEED, UNTIED_SEED, config_of, expected_of, random_parameters
 
+from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.checkpoint import orbax
+from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_matrix
-from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax, save_orbax, stored_arrays
+from qwen_moe_jax.checkpoint.orbax import read_orbax, save_orbax, stored_arrays
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
@@ -151,7 +155,16 @@ def test_a_folder_without_orbax_is_not_found(tmp_path):
         read_orbax(tmp_path, EXPECTED)
 
 
-@pytest.mark.parametrize("lost", ["_METADATA", "manifest.ocdbt", "d"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "layers.1",
+        "layers.1/layers.1.mlp.gate.weight",
+        "layers.1/layers.1.mlp.gate.weight/.zarray",
+        "layers.1/layers.1.mlp.experts.down_proj/0.0.0",
+        "norm/norm.weight/0",
+    ],
+)
 def test_a_damaged_checkpoint_is_named(lost, copy):
     path = copy / "orbax" / lost
     if path.is_dir():
@@ -161,6 +174,62 @@ def test_a_damaged_checkpoint_is_named(lost, copy):
     with pytest.raises(CheckpointError, match="is not a readable Orbax checkpoint") as caught:
         read_orbax(copy, EXPECTED)
     assert str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_array_is_named(copy):
+    file = copy / "orbax" / "lm_head" / "lm_head.weight" / "0.0"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is not a readable Orbax checkpoint"):
+        read_orbax(copy, EXPECTED)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"groups": {"../up": ["x"]}}', '{"groups": {"norm": [7]}}'])
+def test_a_damaged_manifest_is_named(text, copy):
+    (copy / "orbax" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_orbax(copy, EXPECTED)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_an_interrupted_save_is_refused(renamed, copy):
+    """What another program, or a copy that ended early, leaves; and what a save leaves that was killed."""
+    if renamed:
+        (copy / "orbax").rename(copy / "orbax.part")
+    else:
+        (copy / "orbax" / "manifest.json").unlink()
+    for open_ in (QwenMoe.from_pretrained, inspect_checkpoint, stored_arrays):
+        with pytest.raises(CheckpointError, match=r"interrupted save.* again\.$"):
+            open_(copy)
+
+
+def test_a_save_that_fails_leaves_the_earlier_one_and_the_next_one_replaces_both(copy, monkeypatch):
+    parameters = random_parameters(CONFIG, 5)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax, "finish", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_orbax(copy, parameters, CONFIG, dtype=jnp.float32)
+    assert_same(read_orbax(copy, EXPECTED), random_parameters(CONFIG))
+    save_orbax(copy, parameters, CONFIG, dtype=jnp.float32)
+    assert_same(read_orbax(copy, EXPECTED), parameters)
+    assert sorted(path.name for path in copy.iterdir()) == ["config.json", "orbax"]
+
+
+def test_orbax_itself_restores_a_group_and_files_hold_nothing_but_the_values(saved):
+    import orbax.checkpoint as ocp
+
+    parameters = random_parameters(CONFIG)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        group = checkpointer.restore(saved.resolve() / "orbax" / "layers.0")
+    assert set(group) == {name for name in EXPECTED if name.startswith("layers.0.")}
+    for name, value in group.items():
+        np.testing.assert_array_equal(np.asarray(value, np.float32), parameters[name], name)
+        chunk = saved / "orbax" / "layers.0" / name / ".".join("0" * value.ndim)
+        assert chunk.read_bytes() == np.asarray(value).tobytes(), name
 
 
 def test_a_matrix_that_would_be_rounded_is_refused(tmp_path):
