@@ -1,19 +1,23 @@
 """Loading onto one to eight devices: bandwidth beside `cat`, host memory, bytes read.
 
-    python benchmarks/loading.py CHECKPOINT [--repeat 3] [--held bfloat16] [--layouts 1x1 8x1 1x8 ...]
+    python benchmarks/loading.py CHECKPOINT [--repeat 3] [--held bfloat16] [--touch] [--layouts 1x1 8x1 ...]
 
 Every load is a process of its own with pretended CPU devices; matrices are held in the dtype they are stored
 in (--held to convert), so that a byte read is a byte held. A layout is EXPERT x TENSOR. Printed for each:
 
 - GB/s of the bytes read, best and median of the repeats, and the best over that of `cat FILES > /dev/null`,
   run in turn with it (both out of the page cache: the first pass warms it);
-- peak: the most memory the process had beyond what its devices hold and it had before, in MB, beside the
+- beyond: the most memory the process had beyond what its devices hold and it had before, in MB, beside the
   largest slice of a device;
 - read / share: bytes read over the bytes of the different slices that the devices hold.
+
+With --touch, the process first touches and frees as much memory as the files have bytes: a virtual machine
+may get memory from its host page by page when it is touched first, which `cat` never needs.
 """
 
 import argparse
 import json
+import mmap
 import subprocess
 import sys
 import threading
@@ -25,10 +29,11 @@ def _resident() -> int:
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 
 
-def load_here(folder: Path, expert: int, tensor: int, held: str) -> None:
+def load_here(folder: Path, expert: int, tensor: int, held: str, touch: bool) -> None:
     """One load, in this process; prints its numbers as JSON."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     jax.config.update("jax_num_cpu_devices", expert * tensor)
     from qwen_moe_jax import make_mesh
@@ -45,6 +50,10 @@ def load_here(folder: Path, expert: int, tensor: int, held: str) -> None:
     targets, shapes = layout.targets(policy), parameter_shapes(config)
     jnp.zeros(1).block_until_ready()
     read_folder = read_orbax_targets if is_orbax(folder) else read_targets
+    if touch:
+        rows = np.empty(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()), np.uint8)
+        rows[:: mmap.PAGESIZE] = 1
+        del rows
     before, peak, done = _resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -95,10 +104,11 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--held", default="bfloat16")
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "4x2", "8x1", "1x8"])
+    parser.add_argument("--touch", action="store_true", help="have the memory given by the host before")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        load_here(args.folder, *args.one, args.held)
+        load_here(args.folder, *args.one, args.held, args.touch)
         return 0
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())
     cat_seconds(args.folder)
@@ -107,6 +117,7 @@ def main() -> int:
     for layout in args.layouts:
         expert, tensor = layout.split("x")
         command = [sys.executable, __file__, str(args.folder), "--held", args.held, "--one", expert, tensor]
+        command += ["--touch"] * args.touch
         runs, cats = [], []
         for _ in range(args.repeat):
             cats.append(size / cat_seconds(args.folder))

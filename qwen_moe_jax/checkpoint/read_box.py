@@ -164,8 +164,13 @@ def _copy(content: np.ndarray, tensor: StoredTensor, target: np.ndarray) -> bool
     stored = READABLE_DTYPES[tensor.dtype]
     strides = [stored.itemsize * prod(tensor.shape[d + 1 :]) for d in range(target.ndim)]
     values = np.lib.stride_tricks.as_strided(content.view(stored), target.shape, strides, writeable=False)
-    with np.errstate(over="ignore"):
-        np.copyto(target, values, casting="unsafe")
+    if stored == target.dtype:
+        # as plain integers: NumPy copies elements of other packages' dtypes one by one
+        plain = np.dtype(f"u{stored.itemsize}")
+        np.copyto(target.view(plain), values.view(plain))
+    else:
+        with np.errstate(over="ignore"):
+            np.copyto(target, values, casting="unsafe")
     # The narrower of the two shows every infinity and NaN, and takes the least time to look at.
     narrow = values if stored.itemsize < target.dtype.itemsize else target
     return all_finite(np.ascontiguousarray(narrow))
