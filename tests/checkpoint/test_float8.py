@@ -10,7 +10,7 @@ import torch
 from checkpoint_cases import edit
 from safetensors.torch import load_file
 from support import oracle, parity
-from support.configs import random_ids
+from support.configs import WHOLE_BLOCKS, random_ids
 from support.float8 import RAGGED, float8_pair
 from support.reference import parameters_float64, reference_greedy, reference_logits
 from transformers import Qwen3_5MoeForCausalLM
@@ -84,20 +84,7 @@ def test_greedy_tokens_are_those_of_the_reference(ragged):
 
 
 def test_logits_are_those_of_what_transformers_makes_of_the_same_folder(tmp_path):
-    """Whole blocks only: transformers 5.23 misreads ragged ones."""
-    sizes = {
-        "hidden_size": 256,
-        "moe_intermediate_size": 128,
-        "shared_expert_intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-    }
-    pair = float8_pair(tmp_path, 1, sizes, scales="bfloat16")
+    pair = float8_pair(tmp_path, 1, WHOLE_BLOCKS, scales="bfloat16")
     reference = Qwen3_5MoeForCausalLM.from_pretrained(pair.float8, dtype=torch.float32).eval()
     case = case_of(pair, reference, 40)
     model = QwenMoe.from_pretrained(pair.float8, dtype=jnp.float32)

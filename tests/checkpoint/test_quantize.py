@@ -9,7 +9,7 @@ import torch
 from checkpoint_cases import TIED_SEED, edit, multimodal_reference, reference
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.configs import random_config
+from support.configs import WHOLE_BLOCKS, random_config
 from support.reference import build_reference
 from transformers import Qwen3_5MoeForCausalLM
 
@@ -96,22 +96,6 @@ def assert_quantised(read, exact, name, rounding):
     bound = np.abs(exact) * (2**-4 + rounding) + np.abs(exact).max() / 448 * 2**-9
     assert (np.abs(read - exact) <= bound).all(), name
     assert np.abs(read - exact).max() > 0, name
-
-
-# Every quantised dimension is at most one block or whole blocks: transformers 5.23 takes the block size to be
-# the dimension over the number of scales, and reads others wrongly (160 in two blocks as twice 80).
-WHOLE_BLOCKS = {
-    "hidden_size": 256,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-}
 
 
 @pytest.mark.parametrize(

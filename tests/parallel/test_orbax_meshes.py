@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support.configs import random_config
+from support.configs import DIVISIBLE_BY_8, random_config
 from support.reference import build_reference, save_reference
 from test_processes import free_port
 
@@ -59,15 +59,7 @@ print(json.dumps([report.read_bytes, report.file_bytes]), flush=True)
 
 def config_dict() -> dict:
     """Every dimension divides by 8, so that half of the devices hold half of what is divided."""
-    return random_config(SEED) | {
-        "vocab_size": 96,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "linear_num_key_heads": 8,
-        "linear_num_value_heads": 16,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    }
+    return random_config(SEED) | DIVISIBLE_BY_8
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.configs import random_config
+from support.configs import DIVISIBLE_BY_8, random_config
 from support.meshes import mesh_case, on_mesh
 from support.reference import build_reference, save_reference
 
@@ -101,15 +101,7 @@ def test_two_processes_equal_one(sizes: str, mode: str) -> None:
 
 def test_each_process_reads_only_what_its_devices_hold(tmp_path: Path) -> None:
     """Every dimension divides by 8, so that bytes can be counted from shapes alone."""
-    config = random_config(SEED) | {
-        "vocab_size": 96,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "linear_num_key_heads": 8,
-        "linear_num_value_heads": 16,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    }
+    config = random_config(SEED) | DIVISIBLE_BY_8
     folder = save_reference(build_reference(config, 0), tmp_path)
     found = results(start(folder, "1x4x2", "sharded", "run"))
     layout = Layout(ModelConfig.from_file(folder), make_mesh(expert=4, tensor=2), shared_expert="sharded")

@@ -103,3 +103,29 @@ QWEN_397B: dict[str, Any] = {
     "linear_num_value_heads": 64,
     "max_position_embeddings": 262144,
 }
+
+# Every dimension divides by 8, so that half of 8 devices hold half of what is divided.
+DIVISIBLE_BY_8: dict[str, Any] = {
+    "vocab_size": 96,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+# Every quantised dimension is at most one block or whole blocks: transformers 5.23 takes an FP8 block to
+# have the dimension over the number of scales, and reads others wrongly (160 in two blocks as twice 80).
+WHOLE_BLOCKS: dict[str, Any] = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
