@@ -169,8 +169,8 @@ def test_progress_is_shown_only_on_request(folder, capfd):
     assert "Loading weights" in capfd.readouterr().err
 
 
-# A copy of the weights beside the arrays would make this 1.5 to 2; measured 1.10 to 1.12 at this size, where the
-# pieces that each thread has in hand show.
+# A copy of the weights beside the arrays would make this 1.5 to 2; measured 1.10 to 1.12 at this size, where
+# the pieces that each thread has in hand show.
 LARGEST_PEAK_OVER_HELD = 1.3
 
 PEAK = """
