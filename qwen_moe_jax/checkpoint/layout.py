@@ -9,7 +9,7 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ _MULTIMODAL_PREFIX = "model.language_model."
 _TEXT_PREFIX = "model."
 _LM_HEAD = "lm_head.weight"
 
-# Families that a checkpoint may hold and text generation does not use.
-_SKIPPED_FAMILIES = ("model.visual", "mtp")
+# Parts that a checkpoint may hold beside the text model, and what their keys begin with (see `parts.py`).
+PART_PREFIXES = {"visual": "model.visual.", "mtp": "mtp."}
 
 # Small, and read in float32: everything else is a matrix of a product or a lookup table.
 _VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", "_scale_inv")
@@ -46,14 +46,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
     for layer, kind in enumerate(config.layer_types):
-        mixer = _attention_shapes(config) if kind == FULL_ATTENTION else _delta_net_shapes(config)
-        block = {
-            "input_layernorm.weight": (hidden,),
-            **mixer,
-            "post_attention_layernorm.weight": (hidden,),
-            **_moe_shapes(config),
-        }
-        for part, shape in block.items():
+        for part, shape in layer_shapes(config, kind).items():
             name = f"layers.{layer}.{part}"
             shapes[name] = shape
             if config.float8 and is_block_scaled(name):
@@ -62,6 +55,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[_LM_HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+def layer_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    """Name within a decoder layer of a kind (an entry of `layer_types`) -> shape, without scales."""
+    hidden = config.hidden_size
+    return {
+        "input_layernorm.weight": (hidden,),
+        **(_attention_shapes(config) if kind == FULL_ATTENTION else _delta_net_shapes(config)),
+        "post_attention_layernorm.weight": (hidden,),
+        **_moe_shapes(config),
+    }
 
 
 def _attention_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -123,7 +127,26 @@ def hf_key(name: str) -> str:
 
 def skipped_family(hf_key: str) -> str | None:
     """The family that text generation does not use ("model.visual" or "mtp") a key belongs to, or None."""
-    return next((family for family in _SKIPPED_FAMILIES if hf_key.startswith(family + ".")), None)
+    found = next((prefix for prefix in PART_PREFIXES.values() if hf_key.startswith(prefix)), None)
+    return found.removesuffix(".") if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMap:
+    """Which keys of a checkpoint are read, and under which names.
+
+    Attributes:
+        name: key -> canonical name, or None if there is none.
+        key: canonical name -> the key that errors ask for.
+        skipped: key -> the family of keys beside these that it belongs to, or None.
+    """
+
+    name: Callable[[str], str | None]
+    key: Callable[[str], str]
+    skipped: Callable[[str], str | None]
+
+
+TEXT_KEYS = KeyMap(canonical_name, hf_key, skipped_family)
 
 
 def scale_name(name: str) -> str:

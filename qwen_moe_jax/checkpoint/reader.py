@@ -6,19 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import (
+    TEXT_KEYS,
+    KeyMap,
     Piece,
-    canonical_name,
     expert_pieces,
-    hf_key,
     is_matrix,
     scale_name,
-    skipped_family,
     whole_piece,
 )
 from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes
@@ -29,7 +30,7 @@ from qwen_moe_jax.checkpoint.safetensors_files import (
     stored_tensors,
 )
 from qwen_moe_jax.checkpoint.targets import Box, Target, Transfers, place, whole
-from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.errors import CheckpointError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ReadReport:
     Attributes:
         file_bytes: bytes of all parameters in the files.
         read_bytes: bytes of them that this process read: what its devices hold, each slice once.
-        skipped: families of tensors that text generation does not use ("model.visual", "mtp") -> tensors.
+        skipped: families of tensors that were not asked for ("model.visual", "mtp") -> number of tensors.
         rounded: parameters of float32 files that are held in bfloat16.
         dtypes: stored parameter -> the widest dtype that any of its tensors is stored in.
     """
@@ -101,6 +102,7 @@ def read_targets(
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
     *,
+    keys: KeyMap = TEXT_KEYS,
     progress: bool = False,
 ) -> tuple[dict[str, jax.Array], ReadReport]:
     """Reads every target, and of each what this process's devices hold of it.
@@ -117,6 +119,7 @@ def read_targets(
         folder: with `model.safetensors`, or shards and their index.
         targets: name -> what is held and what it is made of.
         shapes: canonical name -> shape of every parameter that the checkpoint has to hold.
+        keys: which of the checkpoint's keys these are; the text model's by default.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -126,7 +129,7 @@ def read_targets(
         CheckpointNotFoundError: the folder or a file is missing.
         CheckpointError: a file is damaged, or keys, shapes, dtypes or values do not fit (all are named).
     """
-    match = match_tensors(folder, stored_tensors(folder), shapes)
+    match = match_tensors(folder, stored_tensors(folder), shapes, keys)
     check_tied_head(folder, match)
     sources = match.sources
     read: dict[str, jax.Array] = {}
@@ -158,8 +161,8 @@ def read_targets(
             damaged += not_finite
         transfers.finish()
     if damaged:
-        keys = abbreviate(list(dict.fromkeys(damaged)))
-        raise CheckpointError(f"{folder} holds NaN or infinite values in {keys}; the weights are damaged.")
+        where = abbreviate(list(dict.fromkeys(damaged)))
+        raise CheckpointError(f"{folder} holds NaN or infinite values in {where}; the weights are damaged.")
     report = ReadReport(
         file_bytes=sum(map(_stored_bytes, sources.values())),
         read_bytes=read_bytes,
@@ -185,7 +188,7 @@ def check_tied_head(folder: str | Path, match: Match) -> None:
         )
 
 
-def checkpoint_dtype(folder: str | Path) -> str:
+def checkpoint_dtype(folder: str | Path, keys: KeyMap = TEXT_KEYS) -> str:
     """The dtype that most of the matrices' bytes are stored in, "float32" or "bfloat16"; headers only.
 
     Matrices in float8 do not count: what is beside them says what to compute in.
@@ -195,12 +198,12 @@ def checkpoint_dtype(folder: str | Path) -> str:
     """
     weight: Counter[str] = Counter()
     for key, tensor in stored_tensors(folder).items():
-        name = canonical_name(key)
+        name = keys.name(key)
         if name is not None and is_matrix(name) and tensor.dtype not in _FLOAT8:
             weight[tensor.dtype] += tensor.nbytes
     if not weight:
         raise CheckpointError(
-            f"{folder} holds no text model; expected keys such as {hf_key('embed_tokens.weight')}."
+            f"{folder} holds no text model; expected keys such as {TEXT_KEYS.key('embed_tokens.weight')}."
         )
     dtype = weight.most_common(1)[0][0]
     if dtype not in _FLOATS:
@@ -208,8 +211,28 @@ def checkpoint_dtype(folder: str | Path) -> str:
     return READABLE_DTYPES[dtype].name
 
 
+def float_dtype(requested: Any) -> np.dtype:
+    """The dtype of a request, float32 or bfloat16.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        dtype = jnp.dtype(requested)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in ("float32", "bfloat16"):
+        raise InputError(
+            f"dtype is {requested!r}; expected jnp.float32, jnp.bfloat16 or 'auto' (the checkpoint's own)."
+        )
+    return dtype
+
+
 def match_tensors(
-    folder: str | Path, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+    folder: str | Path,
+    tensors: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    keys: KeyMap = TEXT_KEYS,
 ) -> Match:
     """Finds each parameter's tensors, looking at headers only.
 
@@ -217,6 +240,7 @@ def match_tensors(
         folder: named in errors.
         tensors: of the folder, as of `stored_tensors`.
         shapes: canonical name -> shape of every expected parameter.
+        keys: as of `read_targets`.
 
     Raises:
         CheckpointError: names everything that does not fit at once.
@@ -225,7 +249,7 @@ def match_tensors(
     by_name: dict[str, StoredTensor] = {}
     unexpected, twice = [], []
     for key, tensor in tensors.items():
-        family, name = skipped_family(key), canonical_name(key)
+        family, name = keys.skipped(key), keys.name(key)
         if family is not None:
             skipped[family] += 1
         elif name is None:
@@ -244,7 +268,7 @@ def match_tensors(
         for piece in _pieces(name, shape, by_name):
             tensor = unused.pop(piece.name, None)
             if tensor is None:
-                missing.append(hf_key(piece.name))
+                missing.append(keys.key(piece.name))
                 continue
             if tensor.shape != piece.shape:
                 misshapen.append(f"{tensor.key} is {list(tensor.shape)} instead of {list(piece.shape)}")

@@ -12,11 +12,11 @@ import numpy as np
 from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
-from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, read_targets
+from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_targets
 from qwen_moe_jax.checkpoint.scale_targets import with_scales
 from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, InputError
+from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
 from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
@@ -24,8 +24,6 @@ from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward
 from qwen_moe_jax.parallel.layout import Layout
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def resolve_folder(name: str | Path) -> Path:
@@ -73,15 +71,7 @@ def compute_dtype(requested: Any, folder: Path, config: ModelConfig) -> jnp.dtyp
     if isinstance(requested, str) and requested == "auto":
         own = config.dtype if is_orbax(folder) else checkpoint_dtype(folder)
         return jnp.dtype(own or "float32")
-    try:
-        dtype = jnp.dtype(requested)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in COMPUTE_DTYPES:
-        raise InputError(
-            f"dtype is {requested!r}; expected jnp.float32, jnp.bfloat16 or 'auto' (the checkpoint's own)."
-        )
-    return dtype
+    return float_dtype(requested)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
