@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_moe_jax.checkpoint.orbax import save_orbax
+from qwen_moe_jax.checkpoint.parts import part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import InputError
@@ -27,10 +28,13 @@ from qwen_moe_jax.generation.loading import (
     with_stored_scales,
 )
 from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.parts import load_mtp
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.running import Generation
 from qwen_moe_jax.generation.stopping import Row
 from qwen_moe_jax.generation.tokenizer import Tokenizer
+from qwen_moe_jax.model.decoder import Decoder
+from qwen_moe_jax.model.mtp import MtpHead
 from qwen_moe_jax.parallel.choose import choose_layout
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -51,7 +55,8 @@ class QwenMoe:
         dtype: the compute dtype.
         folder: where it was loaded from.
         skipped: families of tensors in the checkpoint that text generation does not use, with their
-            number (the vision tower, multi-token prediction).
+            number (the vision tower, multi-token prediction); the model does not hold them, and `load_part`
+            reads them.
         layout: how it lies on its mesh, with the shared expert's mode that "auto" picked; None on one device.
         read_bytes: bytes of weights that this process read from files.
     """
@@ -67,6 +72,7 @@ class QwenMoe:
         self.layout = layout
         self.read_bytes = loaded.read_bytes
         self.engine = Engine(loaded.forward)
+        self._decoder = decoder
         self._parameters = loaded.forward.parameters
         self._eos_ids = loaded.eos_token_ids
         if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
@@ -129,6 +135,19 @@ class QwenMoe:
             attention=attention,
         )
         return cls(load_forward(folder, config, compute, backend, progress, layout), folder, layout)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The text model as a module that holds its parameters; `load_part("mtp")` takes its outputs.
+
+        Raises:
+            InputError: the model lies on a mesh, where no module holds all of it.
+        """
+        if self.layout is not None:
+            raise InputError(
+                "the model lies on a mesh, where no module holds all of it; load it without mesh."
+            )
+        return self._decoder
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
         """Next-token logits of every position.
@@ -225,6 +244,40 @@ class QwenMoe:
             raise InputError("stream yields text, but this checkpoint has no tokenizer.json; use generate.")
         run = self._start(batch, config)
         return (piece for _, piece in run.steps(STREAM_STEPS))
+
+    @overload
+    def load_part(self, name: Literal["mtp"], *, progress: bool = False) -> MtpHead: ...
+    @overload
+    def load_part(self, name: Literal["visual"], *, progress: bool = False) -> dict[str, jax.Array]: ...
+    def load_part(self, name: str, *, progress: bool = False) -> MtpHead | dict[str, jax.Array]:
+        """Reads a part of the checkpoint that text generation does not use, onto the default device.
+
+        The model stays as it is: neither `generate` nor saving uses the part, and `skipped` goes on
+        naming it.
+
+        Args:
+            name: "mtp" for multi-token prediction, "visual" for the vision tower.
+            progress: shows a bar on stderr.
+
+        Returns:
+            For "mtp" an `MtpHead` that computes in the model's dtype, to be called with what `decoder` gives.
+            For "visual" the tower's parameters, canonical name -> array, matrices in the model's dtype and
+            the rest in float32: its forward is no part of text generation and is not implemented.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold the part, or it is damaged or does not fit.
+            ConfigError: config.json does not describe the part, or something that is not implemented.
+            InputError: no such part, or multi-token prediction of a model that lies on a mesh.
+        """
+        part_keys(name)  # refuses other names
+        if name == "visual":
+            return read_part(self.folder, name, dtype=self.dtype, progress=progress)
+        if self.layout is not None:
+            raise InputError(
+                "the model lies on a mesh, but multi-token prediction is implemented on one device only; "
+                "load the model without mesh."
+            )
+        return load_mtp(self.folder, self.config, self.dtype, jax.default_backend(), progress=progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template."""

@@ -37,6 +37,15 @@ class Step:
     rotary: tuple[jax.Array, jax.Array]
 
 
+def step_after(
+    config: ModelConfig, valid: jax.Array, length: jax.Array, rope_positions: jax.Array | None = None
+) -> Step:
+    """What layers need to know of tokens that follow `length` [batch] others; the rest as of `Decoder`."""
+    positions = length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
+    rotary = rotary_tables(config, positions if rope_positions is None else rope_positions)
+    return Step(valid=valid, positions=positions, rotary=rotary)
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: token mixer, then mixture of experts."""
 
@@ -153,9 +162,7 @@ class Decoder(nnx.Module):
 
     def step(self, valid: jax.Array, length: jax.Array, rope_positions: jax.Array | None = None) -> Step:
         """What the layers need to know of tokens that follow `length` [batch] others."""
-        positions = length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
-        rotary = rotary_tables(self.config, positions if rope_positions is None else rope_positions)
-        return Step(valid=valid, positions=positions, rotary=rotary)
+        return step_after(self.config, valid, length, rope_positions)
 
     def embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """Token ids [batch, seq] -> the residual stream before the first layer, float32."""
@@ -207,12 +214,12 @@ def abstract_decoder(
     return nnx.eval_shape(declared)
 
 
-def named_parameters(decoder: Decoder) -> dict[str, Any]:
+def named_parameters(module: nnx.Module) -> dict[str, Any]:
     """Canonical name (checkpoint key without its prefix, `layers.0.mlp.gate.weight`) -> array.
 
-    Of an abstract decoder, the values are `jax.ShapeDtypeStruct`s.
+    Of an abstract decoder, or module of it, the values are `jax.ShapeDtypeStruct`s.
     """
-    flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 
 

@@ -1,0 +1,41 @@
+"""Multi-token prediction, from a folder to a filled module."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from qwen_moe_jax.checkpoint.parts import is_part_matrix, read_part
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.json_files import read_json_object
+from qwen_moe_jax.model.decoder import with_parameters
+from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.mtp import MtpHead, abstract_mtp
+from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.part_configs import mtp_layers
+
+
+def load_mtp(
+    folder: Path, config: ModelConfig, compute: jnp.dtype, backend: str, *, progress: bool = False
+) -> MtpHead:
+    """Reads multi-token prediction onto the default device.
+
+    Args:
+        folder: in Hugging Face layout.
+        config: the text model's.
+        compute: the dtype to compute in; a wider checkpoint is rounded to it.
+        backend: the platform it is compiled for.
+        progress: show a bar.
+
+    Raises:
+        CheckpointError, ConfigError: as of `read_part` and `MtpHead`.
+    """
+    # Read first: of a checkpoint without the part, config.json need not say anything about it.
+    values = read_part(folder, "mtp", dtype=compute, progress=progress)
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    layers = mtp_layers(read_json_object(folder / "config.json", ConfigError))
+    head = abstract_mtp(config, layers, policy, backend)
+    for name, value in values.items():
+        if is_part_matrix(value.shape):
+            values[name] = value.astype(policy.matrix)  # as wide or wider: exact
+    return with_parameters(head, values)

@@ -1,0 +1,114 @@
+"""Multi-token prediction: one decoder layer that predicts the token after the next one.
+
+At position i the text model has turned tokens 0 .. i into a hidden state h_i, from which the token i + 1 is
+chosen. Given that token, with embedding e, this part predicts the one behind it:
+
+    x_i = fc [norm_e(e_{i+1}) ; norm_h(h_i)]
+    h'_i = norm(layer(x_i))        attending to x_0 .. x_i
+    logits of token i + 2 = the text model's lm_head on h'_i
+
+h is taken behind the text model's final norm. (DeepSeek-V3, arXiv:2412.19437, section 2.2, where the two
+halves stand the other way round; the order here is the one of the published Qwen3.5 weights.) Slot and rotary
+position of the pair (h_i, e_{i+1}) are i.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.model.cache import HybridCache, empty_cache
+from qwen_moe_jax.model.decoder import DecoderLayer, step_after
+from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.norms import rms_norm
+from qwen_moe_jax.model.params import DtypePolicy, Weight
+from qwen_moe_jax.model.ranks import OneDevice
+
+
+class MtpHead(nnx.Module):
+    """The parameters of multi-token prediction, named as in a checkpoint without the `mtp.` prefix.
+
+    Embedding and output matrix are the text model's: `decoder.embed` gives what goes in, `decoder.logits`
+    takes what comes out.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, dtypes: DtypePolicy, backend: str):
+        """Declares the parameters (build it under `nnx.eval_shape` to allocate nothing).
+
+        Args:
+            config: the text model's.
+            layers: `mtp_num_hidden_layers` of config.json.
+            dtypes, backend: as of `Decoder`.
+
+        Raises:
+            ConfigError: more or fewer layers than one. Published models have one; whether several are run
+                behind each other, or one for each token that is drafted, is settled by none of them.
+        """
+        if layers != 1:
+            raise ConfigError(
+                f"mtp_num_hidden_layers is {layers}; only multi-token prediction of one layer is implemented."
+            )
+        hidden = config.hidden_size
+        self.config = config
+        self.dtypes = dtypes
+        self.pre_fc_norm_embedding = Weight((hidden,), dtypes.vector)
+        self.pre_fc_norm_hidden = Weight((hidden,), dtypes.vector)
+        self.fc = Weight((hidden, 2 * hidden), dtypes.matrix)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtypes, backend, FULL_ATTENTION, OneDevice(), fused=False)]
+        )
+        self.norm = Weight((hidden,), dtypes.vector)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        embedded: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+        rope_positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, HybridCache]:
+        """Runs new pairs of hidden state and next token, after whatever the cache holds.
+
+        Args:
+            hidden: [batch, seq, hidden], the text model's behind its final norm (`Decoder.__call__`), or what
+                this function returned for a token drafted before.
+            embedded: [batch, seq, hidden], `decoder.embed` of the tokens that follow each of them.
+            valid: bool [batch, seq]: row b's first n_b are pairs, the rest pads.
+            cache: of `new_cache`, with room for the valid pairs; what does not fit is lost, so the caller
+                checks.
+            rope_positions: int32 [3, batch, seq], as of `Decoder.__call__`.
+
+        Returns:
+            (hidden states behind `norm`, [batch, seq, hidden] in the compute dtype, for `decoder.logits`; the
+            cache). Pads' hidden states mean nothing.
+        """
+        eps, compute = self.config.rms_norm_eps, self.dtypes.compute
+        step = step_after(self.config, valid, cache.length, rope_positions)
+        # A pad is zeroed on its way in, as in `Decoder.embed`.
+        halves = (
+            rms_norm(jnp.where(valid[..., None], x, 0), norm.weight[...], eps).astype(compute)
+            for x, norm in ((embedded, self.pre_fc_norm_embedding), (hidden, self.pre_fc_norm_hidden))
+        )
+        # The residual stream begins here; it is float32, as the text model's.
+        x = linear(jnp.concatenate(list(halves), axis=-1), self.fc.matrix(), jnp.float32)
+        layers = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, layer_cache = layer(x, step, layer_cache)
+            layers.append(layer_cache)
+        x = rms_norm(x, self.norm.weight[...], eps).astype(compute)
+        length = cache.length + valid.sum(axis=1, dtype=jnp.int32)
+        return x, HybridCache(layers=tuple(layers), length=length)
+
+    def new_cache(self, batch: int, capacity: int) -> HybridCache:
+        """An empty cache for `batch` rows of `capacity` pairs; keys and values are held like the matrices."""
+        layers = (FULL_ATTENTION,) * len(self.layers)
+        config = dataclasses.replace(self.config, layer_types=layers, num_hidden_layers=len(layers))
+        return empty_cache(config, batch, capacity, self.dtypes.matrix, self.dtypes.compute)
+
+
+def abstract_mtp(config: ModelConfig, layers: int, dtypes: DtypePolicy, backend: str) -> MtpHead:
+    """A head whose parameters are shapes and dtypes only, for `with_parameters`; arguments as `MtpHead`'s."""
+    return nnx.eval_shape(lambda: MtpHead(config, layers, dtypes, backend))
