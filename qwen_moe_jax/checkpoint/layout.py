@@ -46,26 +46,29 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
     for layer, kind in enumerate(config.layer_types):
-        for part, shape in layer_shapes(config, kind).items():
-            name = f"layers.{layer}.{part}"
-            shapes[name] = shape
-            if config.float8 and is_block_scaled(name):
-                shapes[scale_name(name)] = _scale_shape(name, shape)
+        shapes |= layer_shapes(config, layer, kind)
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[_LM_HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
-def layer_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
-    """Name within a decoder layer of a kind (an entry of `layer_types`) -> shape, without scales."""
+def layer_shapes(config: ModelConfig, layer: int, kind: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of a decoder layer's parameters, with scales; `kind` as in `layer_types`."""
     hidden = config.hidden_size
-    return {
+    parts = {
         "input_layernorm.weight": (hidden,),
         **(_attention_shapes(config) if kind == FULL_ATTENTION else _delta_net_shapes(config)),
         "post_attention_layernorm.weight": (hidden,),
         **_moe_shapes(config),
     }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, shape in parts.items():
+        name = f"layers.{layer}.{part}"
+        shapes[name] = shape
+        if config.float8 and is_block_scaled(name):
+            shapes[scale_name(name)] = _scale_shape(name, shape)
+    return shapes
 
 
 def _attention_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -4,17 +4,17 @@
 canonical names are its keys without that prefix. Text generation uses neither; it skips them and says so.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, is_scale, layer_shapes
+from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, layer_shapes
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_targets
-from qwen_moe_jax.checkpoint.safetensors_files import StoredTensor, stored_tensors
+from qwen_moe_jax.checkpoint.safetensors_files import stored_tensors
+from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
 from qwen_moe_jax.checkpoint.targets import whole
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
@@ -27,7 +27,8 @@ _WORDS = {"mtp": "multi-token prediction", "visual": "vision tower"}
 def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter of multi-token prediction, in the order a token meets them.
 
-    Its layers are decoder layers of the text model, with full attention; experts are as in `layout`.
+    Its layers are decoder layers of the text model, with full attention; experts and scales
+    are as in `layout`.
 
     Args:
         config: the text model's.
@@ -40,8 +41,7 @@ def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
         "fc.weight": (hidden, 2 * hidden),  # columns of the embedding, then of the hidden state
     }
     for layer in range(layers):
-        block = layer_shapes(config, FULL_ATTENTION)
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= layer_shapes(config, layer, FULL_ATTENTION)
     return {**shapes, "norm.weight": (hidden,)}
 
 
@@ -93,7 +93,7 @@ def part_keys(part: str) -> KeyMap:
 
 def read_part(
     folder: str | Path, part: str, *, dtype: Any = "auto", progress: bool = False
-) -> dict[str, jax.Array]:
+) -> tuple[dict[str, jax.Array], Blocks]:
     """Reads a part of a Hugging Face checkpoint onto the default device, strictly.
 
     Args:
@@ -105,13 +105,14 @@ def read_part(
         progress: show a progress bar on standard error.
 
     Returns:
-        Canonical name -> array, as of `mtp_shapes` (experts fused, however they are stored) or
-        `visual_shapes`.
+        (canonical name -> array, as of `mtp_shapes` (experts fused, however they are stored) or
+        `visual_shapes`; granules). Matrices that are stored in float8 stay so, with their scales held for
+        granules, as of `with_scales`.
 
     Raises:
         CheckpointNotFoundError: the folder, its config.json or a file of weights is missing.
-        CheckpointError: the checkpoint does not hold the part, holds it in float8, or is in Orbax layout; a
-            file is damaged; or keys, shapes, dtypes or values do not fit (all are named).
+        CheckpointError: the checkpoint does not hold the part, or is in Orbax layout; a file is damaged; or
+            keys, shapes, dtypes or values do not fit (all are named).
         ConfigError: config.json does not describe the part, or something that is not implemented.
         InputError: no such part, or another dtype.
     """
@@ -129,13 +130,13 @@ def read_part(
             "published checkpoint."
         )
     shapes = part_shapes(folder, part)
-    _refuse_float8(folder, part, tensors)
     matrix = requested or jnp.dtype(checkpoint_dtype(folder, keys))
     targets = {
         name: whole(name, jax.ShapeDtypeStruct(shape, matrix if is_part_matrix(shape) else jnp.float32))
         for name, shape in shapes.items()
     }
-    return read_targets(folder, targets, shapes, keys=keys, progress=progress)[0]
+    targets, granules = with_scales(targets, shapes)
+    return read_targets(folder, targets, shapes, keys=keys, progress=progress)[0], granules
 
 
 def is_part_matrix(shape: tuple[int, ...]) -> bool:
@@ -161,13 +162,3 @@ def part_shapes(folder: str | Path, part: str) -> dict[str, tuple[int, ...]]:
             f"is to take the tower's output, has hidden_size {config.hidden_size}."
         )
     return visual_shapes(vision)
-
-
-def _refuse_float8(folder: Path, part: str, tensors: Mapping[str, StoredTensor]) -> None:
-    scaled = [key for key, tensor in tensors.items() if tensor.dtype == "F8_E4M3" or is_scale(key)]
-    if scaled:
-        raise CheckpointError(
-            f"{folder} holds its {_WORDS[part]} in float8 with block scales ({scaled[0]} is one of "
-            f"{len(scaled)} such tensors), of which only the text model can be loaded; use the bfloat16 "
-            "checkpoint of the same model."
-        )

@@ -271,7 +271,7 @@ class QwenMoe:
         """
         part_keys(name)  # refuses other names
         if name == "visual":
-            return read_part(self.folder, name, dtype=self.dtype, progress=progress)
+            return read_part(self.folder, name, dtype=self.dtype, progress=progress)[0]
         if self.layout is not None:
             raise InputError(
                 "the model lies on a mesh, but multi-token prediction is implemented on one device only; "

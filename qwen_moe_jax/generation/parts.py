@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from qwen_moe_jax.checkpoint.layout import matrix_name
 from qwen_moe_jax.checkpoint.parts import is_part_matrix, read_part
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
@@ -31,11 +32,11 @@ def load_mtp(
         CheckpointError, ConfigError: as of `read_part` and `MtpHead`.
     """
     # Read first: of a checkpoint without the part, config.json need not say anything about it.
-    values = read_part(folder, "mtp", dtype=compute, progress=progress)
+    values, blocks = read_part(folder, "mtp", dtype=compute, progress=progress)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
     layers = mtp_layers(read_json_object(folder / "config.json", ConfigError))
-    head = abstract_mtp(config, layers, policy, backend)
+    head = abstract_mtp(config, layers, policy, backend, blocks)
     for name, value in values.items():
-        if is_part_matrix(value.shape):
+        if is_part_matrix(value.shape) and matrix_name(name) not in blocks:
             values[name] = value.astype(policy.matrix)  # as wide or wider: exact
     return with_parameters(head, values)

@@ -1,7 +1,7 @@
 """The text model, top to bottom: embedding, decoder layers, final norm, output projection."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -200,16 +200,23 @@ def abstract_decoder(
         config, dtypes, backend, ranks, fused: as there.
         blocks: canonical names of the matrices that are float8 with scales -> rows and columns of a block.
     """
+    return abstract(lambda: Decoder(config, dtypes, backend, ranks, fused=fused), dtypes, blocks)
 
-    def declared() -> Decoder:
-        decoder = Decoder(config, dtypes, backend, ranks, fused=fused)
+
+def abstract(
+    build: Callable[[], Module], dtypes: DtypePolicy, blocks: Mapping[str, tuple[int, int]] | None
+) -> Module:
+    """What `build` gives, of shapes and dtypes only; the rest as of `abstract_decoder`."""
+
+    def declared() -> Module:
+        module = build()
         for name, block in (blocks or {}).items():
             *path, attribute = name.split(".")
-            holder: Any = decoder
+            holder: Any = module
             for step in path:
                 holder = holder[int(step)] if step.isdigit() else getattr(holder, step)
             holder.scale_in_blocks(attribute, block, dtypes.matrix)
-        return decoder
+        return module
 
     return nnx.eval_shape(declared)
 

@@ -13,6 +13,7 @@ position of the pair (h_i, e_{i+1}) are i.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from flax import nnx
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.cache import HybridCache, empty_cache
-from qwen_moe_jax.model.decoder import DecoderLayer, step_after
+from qwen_moe_jax.model.decoder import DecoderLayer, abstract, step_after
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
@@ -109,6 +110,15 @@ class MtpHead(nnx.Module):
         return empty_cache(config, batch, capacity, self.dtypes.matrix, self.dtypes.compute)
 
 
-def abstract_mtp(config: ModelConfig, layers: int, dtypes: DtypePolicy, backend: str) -> MtpHead:
-    """A head whose parameters are shapes and dtypes only, for `with_parameters`; arguments as `MtpHead`'s."""
-    return nnx.eval_shape(lambda: MtpHead(config, layers, dtypes, backend))
+def abstract_mtp(
+    config: ModelConfig,
+    layers: int,
+    dtypes: DtypePolicy,
+    backend: str,
+    blocks: Mapping[str, tuple[int, int]] | None = None,
+) -> MtpHead:
+    """A head whose parameters are shapes and dtypes only, for `with_parameters`.
+
+    Arguments as `MtpHead`'s, and blocks as of `abstract_decoder`.
+    """
+    return abstract(lambda: MtpHead(config, layers, dtypes, backend), dtypes, blocks)

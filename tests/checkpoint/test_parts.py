@@ -15,7 +15,14 @@ from support.parts import (
 )
 
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, canonical_name, hf_key, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import (
+    PART_PREFIXES,
+    canonical_name,
+    hf_key,
+    is_block_scaled,
+    parameter_shapes,
+    scale_name,
+)
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, part_shapes, read_part, visual_shapes
 from qwen_moe_jax.checkpoint.reader import read_parameters
@@ -103,7 +110,8 @@ def test_a_part_is_read_bit_for_bit(seed, fused, stored, part, tmp_path):
     )
     truth = module_of(checkpoint, part).state_dict()
     for dtype in ("auto", jnp.float32):
-        read = read_part(tmp_path, part, dtype=dtype)
+        read, granules = read_part(tmp_path, part, dtype=dtype)
+        assert not granules
         assert list(read) == list(part_shapes(tmp_path, part))
         assert read.keys() == truth.keys()
         for name, value in read.items():
@@ -117,7 +125,7 @@ def test_a_part_is_read_bit_for_bit(seed, fused, stored, part, tmp_path):
 @pytest.mark.parametrize("part", PARTS)
 def test_a_float32_part_asked_for_in_bfloat16_is_rounded_to_nearest_even_except_vectors(checkpoint, part):
     truth = module_of(checkpoint, part).state_dict()
-    for name, value in read_part(checkpoint.folder, part, dtype=jnp.bfloat16).items():
+    for name, value in read_part(checkpoint.folder, part, dtype=jnp.bfloat16)[0].items():
         expected = truth[name].bfloat16() if value.ndim > 1 else truth[name]
         np.testing.assert_array_equal(np.asarray(value).astype(np.float64), expected.double().numpy(), name)
 
@@ -207,7 +215,7 @@ def test_other_dtypes_are_refused(checkpoint):
         read_part(checkpoint.folder, "visual", dtype=jnp.float16)
 
 
-def test_float8_mtp_is_refused_by_name_and_the_vision_tower_beside_it_is_read(checkpoint):
+def test_float8_that_config_json_does_not_speak_of_is_refused(checkpoint):
     q_proj = "mtp.layers.0.self_attn.q_proj.weight"
 
     def quantise(tensors):
@@ -216,10 +224,39 @@ def test_float8_mtp_is_refused_by_name_and_the_vision_tower_beside_it_is_read(ch
 
     edit(checkpoint.folder, quantise)
     message = error_of(checkpoint.folder, "mtp")
-    assert "multi-token prediction in float8 with block scales" in message
-    assert f"({q_proj}" in message
-    assert "2 such tensors" in message
+    assert f"unexpected keys: {q_proj}_scale_inv;" in message
+    assert f"wrong dtypes: {q_proj} is F8_E4M3 instead of F32 or BF16" in message
     read_part(checkpoint.folder, "visual")
+
+
+@pytest.mark.parametrize("seed", [1, 4, 9])
+def test_float8_mtp_stays_float8_with_its_scales_and_the_tower_beside_it_does_not(seed, tmp_path):
+    checkpoint = PartsCheckpoint(tmp_path, seed, float8=True)
+    read, granules = read_part(tmp_path, "mtp", dtype=jnp.bfloat16)
+    assert set(read) == set(part_shapes(tmp_path, "mtp"))
+    truth = checkpoint.mtp.state_dict()
+    for name, wanted in truth.items():
+        found = read[name].astype(jnp.float32)
+        if is_block_scaled(name):
+            assert read[name].dtype == jnp.float8_e4m3fn
+            scales = read[scale_name(name)]
+            for axis, size in zip((-2, -1), granules[name], strict=True):
+                scales = jnp.repeat(scales, size, axis)
+            found = found * scales[..., : wanted.shape[-2], : wanted.shape[-1]]
+            np.testing.assert_array_equal(np.asarray(found), wanted.numpy(), name)
+        elif wanted.ndim > 1:
+            np.testing.assert_array_equal(np.asarray(found), wanted.bfloat16().float().numpy(), name)
+    assert granules.keys() == {name for name in truth if is_block_scaled(name)}
+    tower, granules = read_part(tmp_path, "visual")
+    assert not granules
+    assert tower.keys() == checkpoint.visual.state_dict().keys()
+
+
+def test_a_missing_scale_of_float8_mtp_is_named(tmp_path):
+    checkpoint = PartsCheckpoint(tmp_path, SEED, float8=True)
+    key = "mtp.layers.0.mlp.experts.1.up_proj.weight_scale_inv"
+    edit(checkpoint.folder, lambda tensors: tensors.pop(key))
+    assert f"missing keys: {key}" in error_of(checkpoint.folder, "mtp")
 
 
 def test_an_orbax_checkpoint_holds_no_parts(tmp_path):

@@ -339,11 +339,11 @@ def prompt_of(checkpoint: PartsCheckpoint) -> tuple[np.ndarray, np.ndarray]:
     raise RuntimeError("twenty prompts all have router ties")
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("form", ["one an expert", "fused", "float8"])
 @pytest.mark.parametrize("seed", [1, 3])
-def test_a_loaded_head_behind_the_loaded_model_predicts_what_the_references_do(seed, fused, tmp_path):
-    checkpoint = PartsCheckpoint(tmp_path, seed, fused=fused)
-    model = QwenMoe.from_pretrained(tmp_path, compilation_cache=None)
+def test_a_loaded_head_behind_the_loaded_model_predicts_what_the_references_do(seed, form, tmp_path):
+    checkpoint = PartsCheckpoint(tmp_path, seed, fused=form == "fused", float8=form == "float8")
+    model = QwenMoe.from_pretrained(tmp_path, dtype=jnp.float32, compilation_cache=None)
     skipped = dict(model.skipped)
     assert skipped.keys() == {"mtp", "model.visual"}
     head = model.load_part("mtp")

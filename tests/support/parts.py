@@ -16,8 +16,12 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeVisionModel,
 )
 
+from qwen_moe_jax.checkpoint.block_scales import quantize
+from qwen_moe_jax.checkpoint.layout import canonical_name, is_block_scaled
 from support.configs import random_config
 from support.reference import build_reference
+
+FLOAT8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
 def random_vision_config(seed: int, out_hidden_size: int) -> dict[str, Any]:
@@ -97,6 +101,40 @@ def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return split
 
 
+def quantised(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the tensors of an FP8 checkpoint, where the matrices of decoder layers are float8 with block scales;
+    those matrices multiplied out), of one with a matrix an expert."""
+    stored, plain = dict(tensors), {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("mtp.") if key.startswith("mtp.") else canonical_name(key)
+        if name is None or not is_block_scaled(name):
+            continue
+        values, scales = map(torch.from_numpy, quantize_bits(tensor.float().numpy()))
+        stored[key], stored[f"{key}_scale_inv"] = values.view(torch.float8_e4m3fn), scales
+        whole = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        plain[key] = stored[key].float() * whole[: tensor.shape[0], : tensor.shape[1]]
+    return stored, plain
+
+
+def quantize_bits(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float8 as bytes, which torch can take; float32 scales)."""
+    values, scales = quantize(matrix, np.dtype(np.float32))
+    return values.view(np.uint8), scales
+
+
+@torch.no_grad()
+def take(module: nn.Module, values: dict[str, torch.Tensor], prefix: str) -> None:
+    """Replaces the parameters that there are values for, fused stacks from one matrix an expert."""
+    for name, parameter in module.named_parameters():
+        stack, _, projection = (prefix + name).rpartition(".")
+        if stack.endswith(".experts"):
+            parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+            for expert, matrix in enumerate(parameter):
+                matrix.copy_(torch.cat([values[f"{stack}.{expert}.{part}.weight"] for part in parts]))
+        elif prefix + name in values:
+            parameter.copy_(values[prefix + name])
+
+
 class PartsCheckpoint:
     """A multimodal checkpoint folder and the modules that its tensors come from.
 
@@ -116,6 +154,7 @@ class PartsCheckpoint:
         dtype: torch.dtype = torch.float32,
         fused: bool = False,
         layers: int = 1,
+        float8: bool = False,
     ):
         self.folder = folder
         self.config = random_config(seed)
@@ -133,6 +172,10 @@ class PartsCheckpoint:
         for name, value in self.text.named_parameters():
             key = name if name == "lm_head.weight" else "model.language_model." + name.removeprefix("model.")
             tensors[key] = value.detach()
+        if float8:
+            tensors, plain = quantised(split_experts(tensors))
+            take(self.mtp, plain, "mtp.")
+            take(self.text.model, plain, "model.language_model.")
         self.write(tensors)
         text = self.config | {"mtp_num_hidden_layers": layers, "mtp_use_dedicated_embeddings": False}
         self.write_config(
@@ -143,6 +186,7 @@ class PartsCheckpoint:
                 "vision_config": vision,
                 "tie_word_embeddings": self.config["tie_word_embeddings"],
             }
+            | ({"quantization_config": FLOAT8} if float8 else {})
         )
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
