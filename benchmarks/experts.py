@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from timing import median_ms
 
+from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.target import current_target
 from qwen_moe_jax.model.experts import (
     choose_experts,
     dense_experts,
@@ -78,12 +80,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     options = parser.parse_args()
 
-    dtype, backend = jnp.dtype(options.dtype), jax.default_backend()
-    held = held_dtype(dtype, backend)
+    dtype, target = jnp.dtype(options.dtype), current_target()
+    held = held_dtype(dtype, target)
     rng = np.random.default_rng(0)
     gate_up = jnp.asarray(rng.normal(size=(EXPERTS, 2 * INNER, HIDDEN)).astype(np.float32) / 32, held)
     down = jnp.asarray(rng.normal(size=(EXPERTS, HIDDEN, INNER)).astype(np.float32) / 16, held)
-    print(f"jax {jax.__version__}, {backend}, {dtype} held in {held}, ms")
+    print(f"jax {jax.__version__}, {target}, {dtype} held in {held}, ms")
     print(f"{'least' if options.least else 'medians'} of {options.rounds}\n")
     print(f"| tokens | {' | '.join(FORMS)} | chosen |\n|{'---|' * (len(FORMS) + 2)}")
     for tokens in options.tokens:
@@ -101,7 +103,7 @@ def main() -> None:
             if tokens <= LIMITS.get(name, tokens)
         }
         taken = median_ms(calls, options.rounds, options.least)
-        picked = choose_experts(backend, tokens, EXPERTS, TOP_K)
+        picked = choose_experts(Kernels(target), dtype, tokens, EXPERTS, TOP_K)
         chosen = f"grouped {picked.keywords['block']}" if isinstance(picked, partial) else "gathered"
         cells = [f"{taken[name]:.2f}" if name in taken else "" for name in FORMS]
         print(f"| {tokens} | {' | '.join(cells)} | {chosen} |", flush=True)

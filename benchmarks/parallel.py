@@ -31,6 +31,7 @@ from support.configs import random_config  # noqa: E402
 from support.meshes import NEW_TOKENS, PROMPT_LENGTHS, factorisations, mesh_case, on_mesh, run  # noqa: E402
 
 from qwen_moe_jax.config import ModelConfig  # noqa: E402
+from qwen_moe_jax.kernels.table import Kernels  # noqa: E402
 from qwen_moe_jax.model.decoder import with_parameters  # noqa: E402
 from qwen_moe_jax.model.experts import choose_experts  # noqa: E402
 from qwen_moe_jax.model.moe import gated_mlp  # noqa: E402
@@ -174,7 +175,7 @@ def structs_of(layout: Layout, policy: DtypePolicy) -> dict[str, Any]:
 
 def hidden_collectives(layout: Layout, tokens: int) -> Collectives:
     """Embedding and all layers, for `ROWS` rows of `tokens` new tokens."""
-    forward = MeshForward(layout, FLOAT32, "cpu", structs_of(layout, FLOAT32))
+    forward = MeshForward(layout, FLOAT32, Kernels("cpu"), structs_of(layout, FLOAT32))
     given = np.zeros((ROWS, tokens), np.int32), np.ones((ROWS, tokens), bool)
     cache = forward.new_cache(ROWS, 64)
     return collectives_of(jax.jit(forward.hidden).lower(forward.parameters, *given, cache))
@@ -182,7 +183,7 @@ def hidden_collectives(layout: Layout, tokens: int) -> Collectives:
 
 def logits_collectives(layout: Layout) -> Collectives:
     """The logits of one position a row, put on every device."""
-    forward = MeshForward(layout, FLOAT32, "cpu", structs_of(layout, FLOAT32))
+    forward = MeshForward(layout, FLOAT32, Kernels("cpu"), structs_of(layout, FLOAT32))
     hidden = np.zeros((ROWS, layout.config.hidden_size), np.float32)
     logits = jax.jit(lambda p, h: forward.everywhere(forward.logits(p, h)))
     return collectives_of(logits.lower(forward.parameters, hidden))
@@ -285,7 +286,7 @@ def mixture_cost(layout: Layout, tokens: int, shared: bool) -> tuple[Cost, Cost]
     """The sum of the routed parts (given), with or without the shared branch of the layout's mode."""
     mesh, mode, prefix, axes = layout.mesh, layout.shared_expert, "layers.0.mlp.", (EXPERT,)
     assert isinstance(mesh, Mesh)
-    mlp = layout_decoder(layout, BFLOAT16, "cpu").layers[0].mlp
+    mlp = layout_decoder(layout, BFLOAT16, Kernels("cpu")).layers[0].mlp
     named = structs_of(layout, BFLOAT16).items()
     structs = {name.removeprefix(prefix): struct for name, struct in named if name.startswith(prefix)}
     specs = {name: layout.spec(prefix + name, struct.ndim) for name, struct in structs.items()}
@@ -315,7 +316,9 @@ def branch_costs(layout: Layout, tokens: int) -> list[Cost]:
 
 def fused_costs(config: ModelConfig, ranks: int, tokens: int) -> tuple[list[Cost], str]:
     """The blocks of a rank's share of the tokens, and how many of how many rows."""
-    form = choose_experts("gpu", tokens, config.num_experts, config.num_experts_per_tok, ranks=ranks)
+    form = choose_experts(
+        Kernels("gpu"), BFLOAT16.compute, tokens, config.num_experts, config.num_experts_per_tok, ranks=ranks
+    )
     block = form.keywords.get("block", 1) if isinstance(form, partial) else 1
     share = -(-tokens // ranks)
     blocks = -(-share // block)

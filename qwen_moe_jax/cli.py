@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     loading = _Parser(add_help=False)
     loading.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (the checkpoint's own)")
     loading.add_argument(
+        "--kernels",
+        default="auto",
+        help="auto, xla, or OPERATION=IMPLEMENTATION, several separated by commas",
+    )
+    loading.add_argument(
         "--no-compilation-cache", action="store_true", help="keep no compiled programs for the next run"
     )
 
@@ -170,6 +175,14 @@ def _layout_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def _kernels_asked(text: str) -> str | dict[str, str]:
+    """ "experts=grouped,attention=blockwise" as a mapping; a plain word as it is."""
+    if "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    return {operation.strip(): implementation.strip() for operation, _, implementation in pairs}
+
+
 def _print(*text: Any, **how: Any) -> None:
     """Prints, in the first of several processes."""
     import jax
@@ -184,6 +197,7 @@ def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
     model = QwenMoe.from_pretrained(
         path,
         dtype=options.dtype,
+        kernels=_kernels_asked(options.kernels),
         progress=sys.stderr.isatty(),
         compilation_cache=None if options.no_compilation_cache else "auto",
         **layout,
@@ -260,11 +274,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import jax
 
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
     from qwen_moe_jax.generation.loading import compute_dtype, resolve_folder
+    from qwen_moe_jax.kernels.table import make_kernels
+    from qwen_moe_jax.kernels.target import current_target
     from qwen_moe_jax.layout_check import check_layout
     from qwen_moe_jax.parallel.choose import choose_layout
 
@@ -277,10 +292,10 @@ def _check(options: argparse.Namespace) -> int:
         raise InputError(
             "a mesh of one device has nothing to disagree with; give --data, --expert or --tensor."
         )
-    backend = jax.default_backend()
-    layout = choose_layout(config, mesh, compute=compute, backend=backend, **_layout_options(options))
+    kernels = make_kernels(current_target(), _kernels_asked(options.kernels))
+    layout = choose_layout(config, mesh, compute=compute, kernels=kernels, **_layout_options(options))
     assert layout is not None  # there is a mesh
-    report = check_layout(folder, layout, compute, backend, seed=options.seed, progress=sys.stderr.isatty())
+    report = check_layout(folder, layout, compute, kernels, seed=options.seed, progress=sys.stderr.isatty())
     _print(report)
     return 0 if report.ok else 1
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import empty_cache
 from qwen_moe_jax.model.decoder import Decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
@@ -105,7 +106,7 @@ def check_layout(
     folder: Path,
     layout: Layout,
     compute: jnp.dtype,
-    backend: str,
+    kernels: Kernels,
     *,
     parameters: Parameters | None = None,
     seed: int = 0,
@@ -117,7 +118,7 @@ def check_layout(
         folder: the checkpoint.
         layout: of it on a mesh.
         compute: the compute dtype.
-        backend: the platform.
+        kernels: what it is compiled for.
         parameters: a loaded model's, on that mesh; None reads them, a layer at a time.
         seed: of the tokens.
         progress: show a bar on standard error.
@@ -126,7 +127,7 @@ def check_layout(
         CheckpointError: the checkpoint is damaged or does not fit its configuration.
     """
     config = layout.config
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
     reader = _Reader(folder, config, policy, parameters)
     rng = np.random.default_rng(seed)
     batch = 2 * layout.batch_multiple
@@ -143,7 +144,7 @@ def check_layout(
             largest = max(float(np.abs(wanted).max()), 1e-30)
             comparisons.append(Comparison(place, branch, float(np.abs(found - wanted).max()) / largest))
 
-    sides = (_Side(layout, config, policy, backend), _Side(None, config, policy, backend))
+    sides = (_Side(layout, config, policy, kernels), _Side(None, config, policy, kernels))
     ends = [side.ends(reader) for side in sides]
     found, wanted = (side.embed(p, tokens, mask) for side, p in zip(sides, ends, strict=True))
     compare("embedding", "embedding", found, wanted, mask)
@@ -190,7 +191,7 @@ class _Reader:
         if layout is not None:
             targets = layout.targets(self.policy)
         else:
-            targets = whole_decoder(self.config, self.policy, "cpu")[1]
+            targets = whole_decoder(self.config, self.policy, Kernels("cpu"))[1]
         wanted = {name: targets[name] for name in names if name in targets}
         return read_weights(self.folder, self.config, self.policy, wanted)[0]
 
@@ -198,12 +199,12 @@ class _Reader:
 class _Side:
     """The mesh, or one device: compiled functions of one layer's parameters, shared by layers of a kind."""
 
-    def __init__(self, layout: Layout | None, config: ModelConfig, policy: DtypePolicy, backend: str):
+    def __init__(self, layout: Layout | None, config: ModelConfig, policy: DtypePolicy, kernels: Kernels):
         self.layout = layout
         self.config = config
         self.policy = policy
-        self.backend = backend
-        self.kv_dtype = held_dtype(policy.compute, backend)
+        self.kernels = kernels
+        self.kv_dtype = held_dtype(policy.compute, kernels.target)
         decoder = self.decoder(())
         self._embed = self.compiled(decoder, "", lambda d, tokens, valid: d.embed(tokens, valid))
         self._logits = self.compiled(decoder, "", lambda d, x: d.logits(d.finish(x)))
@@ -213,8 +214,8 @@ class _Side:
         """The abstract decoder with other layers."""
         config = dataclasses.replace(self.config, num_hidden_layers=len(layer_types), layer_types=layer_types)
         if self.layout is None:
-            return whole_decoder(config, self.policy, self.backend)[0]
-        return layout_decoder(dataclasses.replace(self.layout, config=config), self.policy, self.backend)
+            return whole_decoder(config, self.policy, self.kernels)[0]
+        return layout_decoder(dataclasses.replace(self.layout, config=config), self.policy, self.kernels)
 
     def compiled(
         self, module: Any, prefix: str, function: Callable[..., Any], cache: Any = None
@@ -318,7 +319,7 @@ class _Layer:
         if side.layout is None:
             return empty_cache(config, batch, _CAPACITY, side.kv_dtype, side.policy.compute).layers[0]
         one = dataclasses.replace(side.layout, config=config)
-        return MeshForward(one, side.policy, side.backend, {}).new_cache(batch, _CAPACITY).layers[0]
+        return MeshForward(one, side.policy, side.kernels, {}).new_cache(batch, _CAPACITY).layers[0]
 
     def fed(self, x: np.ndarray, valid: np.ndarray, silent: str | None) -> np.ndarray:
         """What the mixture of experts adds, the last token by itself, with a silent branch."""

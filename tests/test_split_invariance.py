@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.loading import load_forward
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 
 # lfllf with a convolution of kernel 4: both layer kinds, also one behind the other.
@@ -38,9 +38,8 @@ def folder() -> Path:
 
 @functools.cache
 def engine(dtype: str = "float32") -> Engine:
-    backend = jax.default_backend()
     config = ModelConfig.from_file(folder())
-    return Engine(load_forward(folder(), config, jnp.dtype(dtype), backend, progress=False).forward)
+    return Engine(load_forward(folder(), config, jnp.dtype(dtype), Kernels("cpu"), progress=False).forward)
 
 
 @functools.cache
@@ -177,10 +176,9 @@ def test_the_cache_after_right_padding_is_that_of_the_valid_tokens(count: int) -
 
 
 def test_the_recurrent_state_is_float32_also_in_a_bfloat16_model() -> None:
-    backend = jax.default_backend()
     config = ModelConfig.from_file(folder())
     dtype = jnp.dtype(jnp.bfloat16)
-    narrow = Engine(load_forward(folder(), config, dtype, backend, progress=False).forward)
+    narrow = Engine(load_forward(folder(), config, dtype, Kernels("cpu"), progress=False).forward)
     cache, _ = narrow.prefill([ROWS[0][:5]], room=1)
     states = [layer.state for layer in cache.layers if isinstance(layer, DeltaNetCache)]
     assert states

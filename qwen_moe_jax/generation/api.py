@@ -1,7 +1,7 @@
 """`QwenMoe`: a checkpoint, ready to compute logits and generate text."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -33,6 +33,8 @@ from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.running import Generation
 from qwen_moe_jax.generation.stopping import Row
 from qwen_moe_jax.generation.tokenizer import Tokenizer
+from qwen_moe_jax.kernels.table import Kernels, make_kernels
+from qwen_moe_jax.kernels.target import current_target
 from qwen_moe_jax.model.decoder import Decoder
 from qwen_moe_jax.model.mtp import MtpHead
 from qwen_moe_jax.parallel.choose import choose_layout
@@ -58,10 +60,11 @@ class QwenMoe:
             number (the vision tower, multi-token prediction); the model does not hold them, and `load_part`
             reads them.
         layout: how it lies on its mesh, with the shared expert's mode that "auto" picked; None on one device.
+        kernels: the table of implementations, with what was asked for.
         read_bytes: bytes of weights that this process read from files.
     """
 
-    def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None):
+    def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None, kernels: Kernels):
         decoder = loaded.forward.decoder
         self.config: ModelConfig = decoder.config
         self.dtype: jnp.dtype = decoder.dtypes.compute
@@ -70,6 +73,7 @@ class QwenMoe:
         self.folder = folder
         self.skipped = loaded.skipped
         self.layout = layout
+        self.kernels = kernels
         self.read_bytes = loaded.read_bytes
         self.engine = Engine(loaded.forward)
         self._decoder = decoder
@@ -89,6 +93,7 @@ class QwenMoe:
         expert_dispatch: str = "psum",
         exact: bool = False,
         attention: str = "tensor",
+        kernels: str | Mapping[str, str] = "auto",
         progress: bool = False,
         compilation_cache: str | Path | None = "auto",
     ) -> "QwenMoe":
@@ -109,6 +114,9 @@ class QwenMoe:
                 not divided along it and that the experts' sum moves top_k times the bytes.
             attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
                 and vocabulary) or "data" (other rows of the batch).
+            kernels: which implementation of each operation runs: "auto" for the table of `kernels/table.py`,
+                "xla" for no kernel of this library's own, or operation -> implementation, such as
+                {"experts": "grouped"}; `describe()` says which run.
             progress: shows a bar on stderr.
             compilation_cache: where compiled programs are kept for the next process: "auto" (a folder in
                 the user's cache), a folder, or None to keep none.
@@ -122,19 +130,19 @@ class QwenMoe:
         folder = resolve_folder(path)
         config = ModelConfig.from_file(folder)
         enable_compilation_cache(compilation_cache)
-        backend = jax.default_backend()
+        table = make_kernels(current_target(), kernels)
         compute = compute_dtype(dtype, folder, config)
         layout = choose_layout(
             config,
             mesh,
             compute=compute,
-            backend=backend,
+            kernels=table,
             shared_expert=shared_expert,
             expert_dispatch=expert_dispatch,
             exact=exact,
             attention=attention,
         )
-        return cls(load_forward(folder, config, compute, backend, progress, layout), folder, layout)
+        return cls(load_forward(folder, config, compute, table, progress, layout), folder, layout, table)
 
     @property
     def decoder(self) -> Decoder:
@@ -277,7 +285,7 @@ class QwenMoe:
                 "the model lies on a mesh, but multi-token prediction is implemented on one device only; "
                 "load the model without mesh."
             )
-        return load_mtp(self.folder, self.config, self.dtype, jax.default_backend(), progress=progress)
+        return load_mtp(self.folder, self.config, self.dtype, self.kernels, progress=progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template."""
@@ -298,7 +306,7 @@ class QwenMoe:
             InputError: another device, or a context that is no positive number.
         """
         return describe_model(
-            self.folder, self.config, self.dtype, self.layout, context=context, device=device
+            self.folder, self.config, self.dtype, self.layout, self.kernels, context=context, device=device
         )
 
     def _stored(self) -> Any:
@@ -331,7 +339,7 @@ class QwenMoe:
             self.folder,
             self.layout,
             self.dtype,
-            jax.default_backend(),
+            self.kernels,
             parameters=self._parameters,
             seed=seed,
             progress=progress,

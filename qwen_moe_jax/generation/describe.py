@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import find_device
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
@@ -22,14 +22,14 @@ class ModelDescription:
 
     Attributes:
         checkpoint: it was loaded from.
-        backend: the platform it is compiled for.
+        kernels: what it is compiled for, and which implementations run.
         compute: the dtype it computes in.
         held: the dtype matrices, keys and values are held in.
         memory: of one device.
     """
 
     checkpoint: CheckpointSummary
-    backend: str
+    kernels: Kernels
     compute: str
     held: str
     memory: DeviceMemory
@@ -39,8 +39,9 @@ class ModelDescription:
             [
                 *self.checkpoint.architecture_lines(),
                 *self.checkpoint.parameter_lines(),
-                f"on {self.backend:<16}computes in {self.compute}; "
+                f"on {self.kernels.target:<16}computes in {self.compute}; "
                 f"matrices, keys and values held in {self.held}",
+                *self.kernels.lines(self.compute),
                 str(self.memory),
             ]
         )
@@ -54,6 +55,7 @@ def describe_model(
     config: ModelConfig,
     compute: jnp.dtype,
     layout: Layout | None,
+    kernels: Kernels,
     *,
     context: int | None = None,
     device: str | None = None,
@@ -63,16 +65,15 @@ def describe_model(
     Arguments as of `QwenMoe.describe`; layout None means one device.
     """
     found = None if device is None else find_device(device)
-    backend = jax.default_backend()
     summary = inspect_checkpoint(folder, context=context)
     layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
     held = policy.matrix.name
     if config.float8:
         held = f"float8 (layers) and {held}"
     return ModelDescription(
         checkpoint=summary,
-        backend=backend,
+        kernels=kernels,
         compute=compute.name,
         held=held,
         memory=layout_memory(layout, {held: holding(layout, policy)}, summary.context, found),

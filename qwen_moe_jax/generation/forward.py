@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import HybridCache, empty_cache
 from qwen_moe_jax.model.decoder import Decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
@@ -47,12 +48,12 @@ class Forward(Protocol):
 class OneDeviceForward:
     """The model on the device its parameters lie on."""
 
-    def __init__(self, decoder: Decoder, backend: str):
+    def __init__(self, decoder: Decoder, kernels: Kernels):
         self.decoder = decoder
         self.parameters = named_parameters(decoder)
         self.batch_multiple = 1
         # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.
-        self._kv_dtype = held_dtype(decoder.dtypes.compute, backend)
+        self._kv_dtype = held_dtype(decoder.dtypes.compute, kernels.target)
 
     def hidden(
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache

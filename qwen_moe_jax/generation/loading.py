@@ -19,6 +19,7 @@ from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
 from qwen_moe_jax.json_files import read_json_object
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
@@ -95,7 +96,7 @@ def load_forward(
     folder: Path,
     config: ModelConfig,
     compute: jnp.dtype,
-    backend: str,
+    kernels: Kernels,
     progress: bool,
     layout: Layout | None = None,
 ) -> Loaded:
@@ -105,22 +106,22 @@ def load_forward(
         folder: of the checkpoint.
         config: read from it.
         compute: the dtype to compute in.
-        backend: the platform it is compiled for.
+        kernels: what it is compiled for.
         progress: show a bar.
         layout: None means the default device.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or does not fit its configuration.
     """
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
     if layout is None:
-        decoder, targets = whole_decoder(config, policy, backend)
+        decoder, targets = whole_decoder(config, policy, kernels)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
-        forward: Forward = OneDeviceForward(with_parameters(decoder, parameters), backend)
+        forward: Forward = OneDeviceForward(with_parameters(decoder, parameters), kernels)
     else:
         targets = layout.targets(policy)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
-        forward = MeshForward(layout, policy, backend, parameters)
+        forward = MeshForward(layout, policy, kernels, parameters)
     return Loaded(
         forward=forward,
         eos_token_ids=_eos_ids(folder, config),
@@ -130,19 +131,19 @@ def load_forward(
 
 
 def whole_decoder(
-    config: ModelConfig, policy: DtypePolicy, backend: str
+    config: ModelConfig, policy: DtypePolicy, kernels: Kernels
 ) -> tuple[Decoder, dict[str, Target]]:
     """The abstract decoder of one device, and what its parameters are read as."""
-    structs = named_parameters(abstract_decoder(config, policy, backend))
+    structs = named_parameters(abstract_decoder(config, policy, kernels))
     targets = {name: whole(name, struct) for name, struct in structs.items()}
     targets, blocks = with_scales(targets, parameter_shapes(config))
-    return abstract_decoder(config, policy, backend, blocks=blocks), targets
+    return abstract_decoder(config, policy, kernels, blocks=blocks), targets
 
 
 def with_stored_scales(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> dict[str, Any]:
     """One device's parameters with the scales as a checkpoint has them, a block each."""
     policy = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
-    targets = whole_decoder(config, policy, "cpu")[1]
+    targets = whole_decoder(config, policy, Kernels("cpu"))[1]
     scales = {n: np.zeros(s, np.float32) for n, s in parameter_shapes(config).items() if is_scale(n)}
     for name in scales:
         give_back(targets[name], parameters[name], scales)

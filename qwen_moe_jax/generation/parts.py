@@ -9,6 +9,7 @@ from qwen_moe_jax.checkpoint.parts import is_part_matrix, read_part
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.json_files import read_json_object
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.mtp import MtpHead, abstract_mtp
@@ -17,7 +18,7 @@ from qwen_moe_jax.part_configs import mtp_layers
 
 
 def load_mtp(
-    folder: Path, config: ModelConfig, compute: jnp.dtype, backend: str, *, progress: bool = False
+    folder: Path, config: ModelConfig, compute: jnp.dtype, kernels: Kernels, *, progress: bool = False
 ) -> MtpHead:
     """Reads multi-token prediction onto the default device.
 
@@ -25,7 +26,7 @@ def load_mtp(
         folder: in Hugging Face layout.
         config: the text model's.
         compute: the dtype to compute in; a wider checkpoint is rounded to it.
-        backend: the platform it is compiled for.
+        kernels: what it is compiled for.
         progress: show a bar.
 
     Raises:
@@ -33,9 +34,9 @@ def load_mtp(
     """
     # Read first: of a checkpoint without the part, config.json need not say anything about it.
     values, blocks = read_part(folder, "mtp", dtype=compute, progress=progress)
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
     layers = mtp_layers(read_json_object(folder / "config.json", ConfigError))
-    head = abstract_mtp(config, layers, policy, backend, blocks)
+    head = abstract_mtp(config, layers, policy, kernels, blocks)
     for name, value in values.items():
         if is_part_matrix(value.shape) and matrix_name(name) not in blocks:
             values[name] = value.astype(policy.matrix)  # as wide or wider: exact

@@ -10,6 +10,8 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.flash_attention import attend
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import KVCache
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
@@ -105,8 +107,9 @@ class GatedAttention(nnx.Module):
     How many heads there are is read from the parameters: a rank may hold some of them.
     """
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, ranks: Ranks):
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, kernels: Kernels, ranks: Ranks):
         self.config = config
+        self.kernels = kernels
         self.ranks = ranks
         hidden, dim = config.hidden_size, config.head_dim
         self.q_proj = Weight((config.num_attention_heads * 2 * dim, hidden), dtypes.matrix)
@@ -147,6 +150,9 @@ class GatedAttention(nnx.Module):
 
         capacity = cache.k.shape[1]
         cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
-        mixed = blockwise_attention(query, cache.k, cache.v, positions)
+        if self.kernels.pick("attention", x.dtype.name, seq) == "flash":
+            mixed = attend(query, cache.k, cache.v, positions, interpret=self.kernels.interpret)
+        else:
+            mixed = blockwise_attention(query, cache.k, cache.v, positions)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix()), cache

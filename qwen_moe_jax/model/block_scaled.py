@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.kernels.table import Kernels
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,14 @@ class BlockScaled:
         scales: float32 [..., ceil(out / block[0]), ceil(in / block[1])].
         block: rows and columns that a scale is for; the last ones may be fewer.
         dtype: what the products are to hold it in, float32 or bfloat16 (see `linear.held_dtype`).
+        kernels: which implementations multiply with it, and how its values are widened.
     """
 
     values: jax.Array
     scales: jax.Array
     block: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    kernels: Kernels = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +53,7 @@ class BlockScaled:
         shape = (*stack, down, rows, across, columns)
         scales = jnp.broadcast_to(self.scales[..., :, None, :, None], shape)
         scales = scales.reshape(*stack, down * rows, across * columns)
-        matrix = widened(self.values) * scales[..., : self.shape[-2], : self.shape[-1]]
+        matrix = widened(self.values, self.kernels.widening) * scales[..., : self.shape[-2], : self.shape[-1]]
         if jnp.dtype(compute).itemsize < 4:
             info = jnp.finfo(compute)
             matrix = lax.reduce_precision(matrix, exponent_bits=info.nexp, mantissa_bits=info.nmant)
@@ -60,12 +64,22 @@ class BlockScaled:
 Matrix = jax.Array | BlockScaled
 
 
-def widened(values: jax.Array) -> jax.Array:
+def widened(values: jax.Array, widening: str) -> jax.Array:
     """Finite float8_e4m3fn -> the same numbers in float32.
 
-    Its bits behind the sign, one place further up, are those of a float16 of 1/256 of the value, subnormal
-    ones included. XLA:CPU's own conversion of each element takes three times as long as this.
+    Args:
+        values: any shape.
+        widening: by "native" conversion; as "fnuz", the float8 of gfx942, whose numbers at the same bits are
+            half of these, but for the bits of -0, which are its NaN (a -0 becomes 0); or through "bits": those
+            behind the sign, one place further up, are the bits of a float16 of 1/256 of the value, subnormal
+            ones included. (XLA:CPU's own conversion of each element takes three times as long as that.)
     """
-    bits = lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
-    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    if widening == "native":
+        return values.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(values, jnp.uint8)
+    if widening == "fnuz":
+        bits = jnp.where(bits == 0x80, jnp.uint8(0), bits)
+        return lax.bitcast_convert_type(bits, jnp.float8_e4m3fnuz).astype(jnp.float32) * 2
+    wide = bits.astype(jnp.uint16)
+    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import GatedAttention
 from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
@@ -50,18 +51,25 @@ class DecoderLayer(nnx.Module):
     """Pre-norm residual block: token mixer, then mixture of experts."""
 
     def __init__(
-        self, config: ModelConfig, dtypes: DtypePolicy, backend: str, kind: str, ranks: Ranks, *, fused: bool
+        self,
+        config: ModelConfig,
+        dtypes: DtypePolicy,
+        kernels: Kernels,
+        kind: str,
+        ranks: Ranks,
+        *,
+        fused: bool,
     ):
         self.eps = config.rms_norm_eps
         self.ranks = ranks
         self.compute = dtypes.compute
         self.input_layernorm = Weight((config.hidden_size,), dtypes.vector)
         if kind == FULL_ATTENTION:
-            self.self_attn = GatedAttention(config, dtypes, ranks)
+            self.self_attn = GatedAttention(config, dtypes, kernels, ranks)
         else:
-            self.linear_attn = GatedDeltaNet(config, dtypes, ranks)
+            self.linear_attn = GatedDeltaNet(config, dtypes, kernels, ranks)
         self.post_attention_layernorm = Weight((config.hidden_size,), dtypes.vector)
-        self.mlp = SparseMoe(config, dtypes, backend, ranks, fused=fused)
+        self.mlp = SparseMoe(config, dtypes, kernels, ranks, fused=fused)
 
     def mix(
         self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
@@ -104,7 +112,7 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         dtypes: DtypePolicy,
-        backend: str,
+        kernels: Kernels,
         ranks: Ranks = OneDevice(),  # noqa: B008  frozen
         *,
         fused: bool = False,
@@ -114,8 +122,8 @@ class Decoder(nnx.Module):
         Args:
             config: the model's.
             dtypes: what activations and weights are held in.
-            backend: the platform the functions are compiled for ("cpu", "rocm", ...): it decides
-                which expert product is used, not what is computed.
+            kernels: what the functions are compiled for: it decides which implementation of an operation
+                runs, not what is computed.
             ranks: who computes together.
             fused: the shared expert is the last slot of the expert stacks.
         """
@@ -124,7 +132,7 @@ class Decoder(nnx.Module):
         self.ranks = ranks
         self.embed_tokens = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
         self.layers = nnx.List(
-            [DecoderLayer(config, dtypes, backend, kind, ranks, fused=fused) for kind in config.layer_types]
+            [DecoderLayer(config, dtypes, kernels, kind, ranks, fused=fused) for kind in config.layer_types]
         )
         self.norm = Weight((config.hidden_size,), dtypes.vector)
         if not config.tie_word_embeddings:
@@ -186,7 +194,7 @@ class Decoder(nnx.Module):
 def abstract_decoder(
     config: ModelConfig,
     dtypes: DtypePolicy,
-    backend: str,
+    kernels: Kernels,
     ranks: Ranks = OneDevice(),  # noqa: B008  frozen
     *,
     fused: bool = False,
@@ -197,14 +205,17 @@ def abstract_decoder(
     The shapes are those of a whole checkpoint; `with_parameters` takes any rank's part of them.
 
     Args:
-        config, dtypes, backend, ranks, fused: as there.
+        config, dtypes, kernels, ranks, fused: as there.
         blocks: canonical names of the matrices that are float8 with scales -> rows and columns of a block.
     """
-    return abstract(lambda: Decoder(config, dtypes, backend, ranks, fused=fused), dtypes, blocks)
+    return abstract(lambda: Decoder(config, dtypes, kernels, ranks, fused=fused), dtypes, kernels, blocks)
 
 
 def abstract(
-    build: Callable[[], Module], dtypes: DtypePolicy, blocks: Mapping[str, tuple[int, int]] | None
+    build: Callable[[], Module],
+    dtypes: DtypePolicy,
+    kernels: Kernels,
+    blocks: Mapping[str, tuple[int, int]] | None,
 ) -> Module:
     """What `build` gives, of shapes and dtypes only; the rest as of `abstract_decoder`."""
 
@@ -215,7 +226,7 @@ def abstract(
             holder: Any = module
             for step in path:
                 holder = holder[int(step)] if step.isdigit() else getattr(holder, step)
-            holder.scale_in_blocks(attribute, block, dtypes.matrix)
+            holder.scale_in_blocks(attribute, block, dtypes.matrix, kernels)
         return module
 
     return nnx.eval_shape(declared)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.delta_step import delta_step
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import DeltaNetCache
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.linear import linear
@@ -57,8 +59,9 @@ class GatedDeltaNet(nnx.Module):
     How many heads there are is read from the parameters: a rank may hold some of them.
     """
 
-    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, ranks: Ranks):
+    def __init__(self, config: ModelConfig, dtypes: DtypePolicy, kernels: Kernels, ranks: Ranks):
         self.config = config
+        self.kernels = kernels
         self.ranks = ranks
         hidden, values = config.hidden_size, config.linear_num_value_heads
         self.in_proj_qkv = Weight((config.conv_channels, hidden), dtypes.matrix)
@@ -110,7 +113,19 @@ class GatedDeltaNet(nnx.Module):
         g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
         key, value = jnp.where(token[..., None], key, 0), jnp.where(token[..., None], value, 0)
 
-        if seq == 1:
+        by_kernel = self.kernels.pick("delta_step", x.dtype.name, seq) == "pallas_step"
+        if seq == 1 and by_kernel and cache.state.dtype == jnp.float32:
+            output, state = delta_step(
+                cache.state,
+                query[:, 0],
+                key[:, 0],
+                value[:, 0],
+                g[:, 0],
+                beta[:, 0],
+                interpret=self.kernels.interpret,
+            )
+            output = output[:, None]
+        elif seq == 1:
             output, state = delta_rule_step(
                 cache.state,
                 _repeat_heads(query[:, 0], value_heads),

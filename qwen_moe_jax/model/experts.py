@@ -15,11 +15,14 @@ of a sum.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.kernels.experts import gathered_kernels, grouped_kernels
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.varying import vary_like
@@ -42,18 +45,31 @@ def _weights_of(expert: jax.Array, gate_up: Matrix, down: Matrix) -> tuple[Matri
 
 
 def dense_experts(
-    x: jax.Array, expert_ids: jax.Array, weights: jax.Array, gate_up: Matrix, down: Matrix
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: Matrix,
+    down: Matrix,
+    *,
+    by_slot: bool = False,
 ) -> jax.Array:
-    """Every expert on every token, masked by the routing: the plain reference, E / top_k times the work."""
+    """Every expert on every token, masked by the routing: the plain reference, E / top_k times the work.
+
+    Args:
+        x, expert_ids, weights, gate_up, down: as above.
+        by_slot: return the weighted slots, [tokens, top_k, hidden], instead of their sum.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
         output = _expert(x, *_weights_of(expert, gate_up, down))
         chosen = jnp.where(expert_ids == expert, weights, 0)
         # an expert chosen in several slots is added once a slot, each product rounded on its own
-        return total + (output[:, None] * chosen[..., None]).astype(wide).sum(axis=1)
+        slots = (output[:, None] * chosen[..., None]).astype(wide)
+        return total + (slots if by_slot else slots.sum(axis=1))
 
-    total = vary_like(jnp.zeros(x.shape, wide), x, expert_ids, weights, gate_up, down)
+    shape = (*expert_ids.shape, x.shape[1]) if by_slot else x.shape
+    total = vary_like(jnp.zeros(shape, wide), x, expert_ids, weights, gate_up, down)
     return lax.fori_loop(0, gate_up.shape[0], add, total)
 
 
@@ -169,7 +185,8 @@ def grouped_experts(
 
 
 def choose_experts(
-    backend: str,
+    kernels: Kernels,
+    dtype: jnp.dtype,
     num_tokens: int,
     num_experts: int,
     top_k: int,
@@ -177,29 +194,36 @@ def choose_experts(
     ranks: int = 1,
     by_slot: bool = False,
 ) -> ExpertFunction:
-    """The fastest form for a backend and a number of tokens.
+    """The form that the table has for a number of tokens, with the sizes that suit it.
 
     The choice is the same for any number of ranks that the experts are divided among, so that each slot's
     product is.
 
-    CPU: measured (`benchmarks/README.md`, "Expert matmuls"); one row multiplies so much faster than a
-    block that gathering pays up to two slots an expert. GPUs: reasoned, not measured: a token at a time
-    reads the weights once a slot, a sorted block once an expert, which is less as soon as slots outnumber
-    experts.
-
     Args:
-        backend: "cpu", "rocm", ...
+        kernels: the table.
+        dtype: of the activations.
         num_tokens, num_experts, top_k: of the whole layer, whatever part of the experts is held here.
         ranks: how many ranks the experts are divided among.
         by_slot: the form is to return weighted slots instead of their sum.
     """
-    slots = num_tokens * top_k
-    if slots <= (2 if backend == "cpu" else 1) * num_experts:
+    mean = num_tokens * top_k / num_experts
+    chosen = kernels.pick("experts", jnp.dtype(dtype).name, mean)
+    if chosen.startswith("pallas_"):
+        form: Any = gathered_kernels if chosen == "pallas_gathered" else grouped_kernels
+        return partial(
+            form,
+            chance=top_k / num_experts,
+            widening=kernels.kernel_widening,
+            interpret=kernels.interpret,
+            by_slot=by_slot,
+        )
+    if chosen == "gathered":
         # by slot always with branches, which nothing is fused across
         return partial(gathered_experts, skip=ranks > 1 or by_slot, by_slot=by_slot)
-    if backend != "cpu":
+    if chosen == "dense":
+        return partial(dense_experts, by_slot=by_slot)
+    if kernels.target != "cpu":
         return partial(grouped_experts, block=64, by_slot=by_slot)
     # Wide enough for nearly every expert's slots (mean plus two deviations of an even routing): a second
     # block reads the weights again, and a wider one multiplies empty rows.
-    mean = slots / num_experts
     return partial(grouped_experts, block=-(-int(mean + 2 * mean**0.5) // 8) * 8, by_slot=by_slot)

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.kernels.float8_matmul import float8_matmul
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 
-def held_dtype(compute: DTypeLike, backend: str) -> jnp.dtype:
+def held_dtype(compute: DTypeLike, target: str) -> jnp.dtype:
     """The dtype large matrices (and the key/value cache) have in memory.
 
     Args:
         compute: the model's compute dtype.
-        backend: "cpu", "rocm", "gpu", ...
+        target: what programs are compiled for, see `kernels/table.py`.
     """
-    return jnp.dtype(jnp.float32) if backend == "cpu" else jnp.dtype(compute)
+    return jnp.dtype(jnp.float32) if target == "cpu" else jnp.dtype(compute)
 
 
 def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> jax.Array:
@@ -38,6 +39,9 @@ def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> 
         [..., out] in out_dtype.
     """
     if isinstance(weight, BlockScaled):
+        tokens = x.size // x.shape[-1]
+        if weight.kernels.pick("float8", x.dtype.name, tokens) == "pallas_tiles":
+            return float8_matmul(x, weight, out_dtype or x.dtype)
         weight = weight.multiplied_out(x.dtype)
     common = jnp.promote_types(x.dtype, weight.dtype)
     # Written as a product with a transposed matrix, which XLA:CPU fuses into a matrix-vector product that

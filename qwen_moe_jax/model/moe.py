@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.experts import choose_experts
 from qwen_moe_jax.model.linear import linear
@@ -75,10 +76,10 @@ class SparseMoe(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dtypes: DtypePolicy, backend: str, ranks: Ranks, *, fused: bool = False
+        self, config: ModelConfig, dtypes: DtypePolicy, kernels: Kernels, ranks: Ranks, *, fused: bool = False
     ):
         self.config = config
-        self.backend = backend
+        self.kernels = kernels
         self.ranks = ranks
         self.gate = Weight((config.num_experts, config.hidden_size), dtypes.matrix)
         self.experts = Experts(config, dtypes)
@@ -116,7 +117,13 @@ class SparseMoe(nnx.Module):
         """
         c = self.config
         experts = choose_experts(
-            self.backend, x.shape[0], c.num_experts, c.num_experts_per_tok, ranks=ranks, by_slot=by_slot
+            self.kernels,
+            x.dtype,
+            x.shape[0],
+            c.num_experts,
+            c.num_experts_per_tok,
+            ranks=ranks,
+            by_slot=by_slot,
         )
         outputs = experts(
             x, ids, weights, self.experts.matrix("gate_up_proj"), self.experts.matrix("down_proj")

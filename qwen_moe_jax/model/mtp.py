@@ -21,6 +21,7 @@ from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import HybridCache, empty_cache
 from qwen_moe_jax.model.decoder import DecoderLayer, abstract, step_after
 from qwen_moe_jax.model.linear import linear
@@ -36,13 +37,13 @@ class MtpHead(nnx.Module):
     takes what comes out.
     """
 
-    def __init__(self, config: ModelConfig, layers: int, dtypes: DtypePolicy, backend: str):
+    def __init__(self, config: ModelConfig, layers: int, dtypes: DtypePolicy, kernels: Kernels):
         """Declares the parameters (build it under `nnx.eval_shape` to allocate nothing).
 
         Args:
             config: the text model's.
             layers: `mtp_num_hidden_layers` of config.json.
-            dtypes, backend: as of `Decoder`.
+            dtypes, kernels: as of `Decoder`.
 
         Raises:
             ConfigError: more or fewer layers than one. Published models have one; whether several are run
@@ -59,7 +60,7 @@ class MtpHead(nnx.Module):
         self.pre_fc_norm_hidden = Weight((hidden,), dtypes.vector)
         self.fc = Weight((hidden, 2 * hidden), dtypes.matrix)
         self.layers = nnx.List(
-            [DecoderLayer(config, dtypes, backend, FULL_ATTENTION, OneDevice(), fused=False)]
+            [DecoderLayer(config, dtypes, kernels, FULL_ATTENTION, OneDevice(), fused=False)]
         )
         self.norm = Weight((hidden,), dtypes.vector)
 
@@ -114,11 +115,11 @@ def abstract_mtp(
     config: ModelConfig,
     layers: int,
     dtypes: DtypePolicy,
-    backend: str,
+    kernels: Kernels,
     blocks: Mapping[str, tuple[int, int]] | None = None,
 ) -> MtpHead:
     """A head whose parameters are shapes and dtypes only, for `with_parameters`.
 
     Arguments as `MtpHead`'s, and blocks as of `abstract_decoder`.
     """
-    return abstract(lambda: MtpHead(config, layers, dtypes, backend), dtypes, blocks)
+    return abstract(lambda: MtpHead(config, layers, dtypes, kernels), dtypes, kernels, blocks)

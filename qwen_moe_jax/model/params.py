@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 _FLOAT32 = jnp.dtype(jnp.float32)
@@ -39,13 +40,13 @@ class MatrixHolder(nnx.Module):
     The scales are called as in a checkpoint, `_scale_inv` behind the name of the values.
     """
 
-    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype) -> None:
-        """Redeclares a matrix as float8 with block scales, to be multiplied in `dtype`."""
+    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype, kernels: Kernels) -> None:
+        """Redeclares a matrix as float8 with block scales, to be multiplied in `dtype` by `kernels`."""
         *stack, rows, columns = getattr(self, name)[...].shape
         scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
         setattr(self, name, declare(tuple(getattr(self, name)[...].shape), _FLOAT8))
         setattr(self, f"{name}_scale_inv", declare(scales, _FLOAT32))
-        setattr(self, f"{name}_block", (*block, dtype.name))
+        setattr(self, f"{name}_block", (*block, dtype.name, kernels))
 
     def matrix(self, name: str = "weight") -> Matrix:
         """What a product takes."""
@@ -53,8 +54,8 @@ class MatrixHolder(nnx.Module):
         scales: Any = getattr(self, f"{name}_scale_inv", None)
         if scales is None:
             return values
-        rows, columns, dtype = getattr(self, f"{name}_block")
-        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype))
+        rows, columns, dtype, kernels = getattr(self, f"{name}_block")
+        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype), kernels)
 
 
 class Weight(MatrixHolder):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
@@ -27,7 +28,7 @@ def choose_layout(
     mesh: Mesh | None,
     *,
     compute: jnp.dtype,
-    backend: str,
+    kernels: Kernels,
     shared_expert: str = "auto",
     expert_dispatch: str = "psum",
     exact: bool = False,
@@ -39,7 +40,7 @@ def choose_layout(
         config: of the model.
         mesh: None means one device.
         compute: the compute dtype.
-        backend: the platform.
+        kernels: what it is compiled for.
         shared_expert, expert_dispatch, exact, attention: as of `QwenMoe.from_pretrained`.
 
     Raises:
@@ -62,15 +63,15 @@ def choose_layout(
         expert_dispatch=expert_dispatch,
         exact=exact,
         # XLA:CPU has no such operation
-        ragged=backend != "cpu",
+        ragged=kernels.target != "cpu",
     )
     if not auto or exact:
         return layout
-    seconds = measure_shared_expert(layout, compute, backend)
+    seconds = measure_shared_expert(layout, compute, kernels)
     return dataclasses.replace(layout, shared_expert=min(seconds, key=seconds.__getitem__))
 
 
-def measure_shared_expert(layout: Layout, compute: jnp.dtype, backend: str) -> dict[str, float]:
+def measure_shared_expert(layout: Layout, compute: jnp.dtype, kernels: Kernels) -> dict[str, float]:
     """Seconds of one mixture of experts (decode and a prompt's chunk together) in each mode that is possible.
 
     The weights are random, of the layer's size; the fastest of a few calls counts. With several processes,
@@ -84,7 +85,7 @@ def measure_shared_expert(layout: Layout, compute: jnp.dtype, backend: str) -> d
     if layout.mesh.shape[EXPERT] == 1:
         modes.remove("sharded")  # the same as prescaled
     found = {
-        mode: _seconds(dataclasses.replace(layout, shared_expert=mode), compute, backend) for mode in modes
+        mode: _seconds(dataclasses.replace(layout, shared_expert=mode), compute, kernels) for mode in modes
     }
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -94,13 +95,13 @@ def measure_shared_expert(layout: Layout, compute: jnp.dtype, backend: str) -> d
     return found
 
 
-def _seconds(layout: Layout, compute: jnp.dtype, backend: str) -> float:
+def _seconds(layout: Layout, compute: jnp.dtype, kernels: Kernels) -> float:
     one_layer = dataclasses.replace(
         layout.config, num_hidden_layers=1, layer_types=layout.config.layer_types[:1]
     )
     layout = dataclasses.replace(layout, config=one_layer)
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, backend))
-    decoder = layout_decoder(layout, policy, backend)
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    decoder = layout_decoder(layout, policy, kernels)
     targets = {name: t for name, t in layout.targets(policy).items() if ".mlp." in name}
     drawn = jax.jit(
         lambda key: {

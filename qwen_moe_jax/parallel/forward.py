@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import HybridCache
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
@@ -24,15 +25,17 @@ class MeshForward:
     a value that differs between ranks where the layout promises the same, and does not trace.
     """
 
-    def __init__(self, layout: Layout, policy: DtypePolicy, backend: str, parameters: dict[str, jax.Array]):
+    def __init__(
+        self, layout: Layout, policy: DtypePolicy, kernels: Kernels, parameters: dict[str, jax.Array]
+    ):
         self.layout = layout
         self.parameters = parameters
         self.batch_multiple = layout.batch_multiple
-        self.decoder = layout_decoder(layout, policy, backend)
+        self.decoder = layout_decoder(layout, policy, kernels)
         self._specs = {name: layout.spec(name, value.ndim) for name, value in parameters.items()}
         self._batch = PartitionSpec(layout.batch_axes or None)
         self._caches: dict[tuple[int, int], Any] = {}
-        self._kv_dtype = held_dtype(policy.compute, backend)
+        self._kv_dtype = held_dtype(policy.compute, kernels.target)
 
     def hidden(
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
@@ -78,12 +81,12 @@ class MeshForward:
         return lax.with_sharding_constraint(tree, self.layout.sharding(PartitionSpec()))
 
 
-def layout_decoder(layout: Layout, policy: DtypePolicy, backend: str) -> Decoder:
+def layout_decoder(layout: Layout, policy: DtypePolicy, kernels: Kernels) -> Decoder:
     """The abstract decoder that every rank of a layout runs on its part of the parameters."""
     return abstract_decoder(
         layout.config,
         policy,
-        backend,
+        kernels,
         layout.ranks(),
         fused=layout.shared_expert == "fused",
         blocks=layout.blocks,

@@ -20,6 +20,7 @@ from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_block_scaled, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import BlockScaled, widened
 
 # (seed, sizes, dtype of the scales): whole blocks, ragged ones, matrices smaller than a block
@@ -105,7 +106,11 @@ def test_a_matrix_multiplied_out_is_torchs(shape, block, held):
     blocks = [-(-n // b) for n, b in zip(shape[-2:], block, strict=True)]
     scales = rng.normal(size=(*shape[:-2], *blocks)).astype(np.float32)
     matrix = BlockScaled(
-        jnp.asarray(codes.view(jnp.float8_e4m3fn)), jnp.asarray(scales), block, jnp.dtype("float32")
+        jnp.asarray(codes.view(jnp.float8_e4m3fn)),
+        jnp.asarray(scales),
+        block,
+        jnp.dtype("float32"),
+        Kernels("cpu"),
     )
     found = jax.jit(lambda m: m.multiplied_out(held))(matrix)
     whole = torch.from_numpy(scales).repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
@@ -115,12 +120,16 @@ def test_a_matrix_multiplied_out_is_torchs(shape, block, held):
     np.testing.assert_array_equal(np.asarray(found), wanted.numpy())
 
 
-def test_every_finite_code_is_widened_to_its_number():
+@pytest.mark.parametrize("widening", ["bits", "native", "fnuz"])
+def test_every_finite_code_is_widened_to_its_number(widening):
     codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)
     wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
-    found = np.asarray(jax.jit(widened)(jnp.asarray(codes.view(jnp.float8_e4m3fn))))
+    found = np.asarray(
+        jax.jit(widened, static_argnums=1)(jnp.asarray(codes.view(jnp.float8_e4m3fn)), widening)
+    )
     np.testing.assert_array_equal(found, wanted)
-    np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
+    if widening != "fnuz":  # which has no -0
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
 
 
 LAYOUTS = [

@@ -18,6 +18,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_shapes,
     skipped_family,
 )
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters
 from qwen_moe_jax.model.params import DtypePolicy
 
@@ -35,7 +36,7 @@ def test_names_and_shapes_are_the_references_own(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_the_decoder_declares_the_same_parameters_and_the_same_matrices(seed):
     policy = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
-    declared = named_parameters(abstract_decoder(config_of(seed), policy, "cpu"))
+    declared = named_parameters(abstract_decoder(config_of(seed), policy, Kernels("cpu")))
     assert {name: struct.shape for name, struct in declared.items()} == parameter_shapes(config_of(seed))
     assert {name for name, s in declared.items() if s.dtype == policy.matrix} == set(
         filter(is_matrix, declared)

@@ -77,5 +77,5 @@ def test_leading_dimensions_are_kept() -> None:
 def test_matrices_are_held_in_float32_on_cpu_and_in_the_compute_dtype_elsewhere() -> None:
     for compute in (jnp.float32, jnp.bfloat16):
         assert held_dtype(compute, "cpu") == jnp.float32
-        for backend in ("rocm", "gpu"):
-            assert held_dtype(compute, backend) == compute
+        for target in ("gfx942", "gfx950", "gpu"):
+            assert held_dtype(compute, target) == compute

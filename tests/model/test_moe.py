@@ -17,6 +17,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.moe import SparseMoe, gated_mlp, route
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.model.ranks import OneDevice
@@ -105,7 +106,7 @@ def block() -> Qwen3_5MoeSparseMoeBlock:
 @pytest.fixture(scope="module")
 def ours(block: Qwen3_5MoeSparseMoeBlock) -> SparseMoe:
     dtype = jnp.dtype(jnp.float32)
-    module = SparseMoe(CONFIG, DtypePolicy(compute=dtype, matrix=dtype), "cpu", OneDevice())
+    module = SparseMoe(CONFIG, DtypePolicy(compute=dtype, matrix=dtype), Kernels("cpu"), OneDevice())
     for name, weight in block.named_parameters():
         target = module
         *path, leaf = name.split(".")

@@ -24,11 +24,13 @@ from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import empty_cache
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.mtp import MtpHead, abstract_mtp
 from qwen_moe_jax.model.params import DtypePolicy
 
+CPU = Kernels("cpu")
 FLOAT32 = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
 BFLOAT16 = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
 
@@ -153,7 +155,7 @@ def case_of(seed: int) -> Case:
 def ours_of(case: Case, policy: DtypePolicy) -> tuple[Decoder, MtpHead]:
     """The decoder (only its embedding and lm_head are used) and the head, with the case's parameters."""
     config = ModelConfig.from_dict(case.raw)
-    decoder, head = abstract_decoder(config, policy, "cpu"), abstract_mtp(config, 1, policy, "cpu")
+    decoder, head = abstract_decoder(config, policy, CPU), abstract_mtp(config, 1, policy, CPU)
 
     def fill(module, values):
         structs = named_parameters(module)
@@ -309,7 +311,7 @@ def test_the_measurement_fails_a_mistaken_head(mistake):
 @pytest.mark.parametrize("seed", range(6))
 def test_the_head_declares_the_parameters_of_the_key_table_and_the_same_matrices(seed):
     config = ModelConfig.from_dict(random_config(seed))
-    declared = named_parameters(abstract_mtp(config, 1, BFLOAT16, "cpu"))
+    declared = named_parameters(abstract_mtp(config, 1, BFLOAT16, CPU))
     assert {name: struct.shape for name, struct in declared.items()} == mtp_shapes(config, 1)
     for struct in declared.values():
         assert struct.dtype == (jnp.bfloat16 if struct.ndim > 1 else jnp.float32)
@@ -317,7 +319,7 @@ def test_the_head_declares_the_parameters_of_the_key_table_and_the_same_matrices
 
 def test_several_layers_are_refused():
     with pytest.raises(ConfigError, match=r"mtp_num_hidden_layers is 2; only .* one layer"):
-        abstract_mtp(ModelConfig.from_dict(random_config(0)), 2, FLOAT32, "cpu")
+        abstract_mtp(ModelConfig.from_dict(random_config(0)), 2, FLOAT32, CPU)
 
 
 # From a folder

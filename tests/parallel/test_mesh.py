@@ -13,6 +13,7 @@ from support.configs import random_config
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.parallel.choose import choose_layout
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -20,7 +21,7 @@ FUSABLE, UNFUSABLE = (ModelConfig.from_dict(random_config(seed)) for seed in (22
 
 
 def choose(config: ModelConfig = FUSABLE, mesh: Mesh | None = None, **choices: Any) -> Layout | None:
-    return choose_layout(config, mesh, compute=jnp.dtype(jnp.float32), backend="cpu", **choices)
+    return choose_layout(config, mesh, compute=jnp.dtype(jnp.float32), kernels=Kernels("cpu"), **choices)
 
 
 def test_axes_stand_in_their_order_with_tensor_neighbours_next_to_each_other() -> None:

@@ -13,6 +13,7 @@ from support.configs import random_config
 
 import qwen_moe_jax
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import with_parameters
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
@@ -131,7 +132,7 @@ def test_a_part_is_declared_once() -> None:
 def test_the_models_own_branches_add_only_as_parts_of_one_sum(mode: str) -> None:
     """The upstream bug with the model's own mixture of experts, on a mesh of 2 x 2."""
     layout = Layout(CONFIG, make_mesh(expert=2, tensor=2), shared_expert=mode)
-    mlp = layout_decoder(layout, FLOAT32, "cpu").layers[0].mlp
+    mlp = layout_decoder(layout, FLOAT32, Kernels("cpu")).layers[0].mlp
     prefix = "layers.0.mlp."
     structs = {name: target.struct for name, target in layout.targets(FLOAT32).items()}
     given = {n.removeprefix(prefix): s for n, s in structs.items() if n.startswith(prefix)}

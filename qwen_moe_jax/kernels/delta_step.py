@@ -1,0 +1,83 @@
+"""One step of the gated delta rule with its state read once and written once (Pallas, lowered by Triton).
+
+The recurrence of `model/delta_rule.py`, per row and value head, with state S [Dk, Dv]:
+
+    S <- S e^g;   d = (v - S^T k) beta;   S <- S + k d^T;   o = S^T q
+
+A program holds some columns of one head's state in registers: they do not meet the other columns. Written as
+products, XLA reads the state three times and writes it twice. The head's key and query are read where they
+are, not repeated for each value head.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from qwen_moe_jax.kernels.launch import KernelCost, Schedule, launch
+
+_COLUMNS = 32  # of the state a program: 128 rows of them are 16 KiB of registers
+
+
+def delta_step(
+    state: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """One token a row.
+
+    Args:
+        state: float32 [batch, heads, Dk, Dv].
+        query, key: float32 [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
+        value: [batch, heads, Dv].
+        g: float32 [batch, heads], log decay.
+        beta: float32 [batch, heads], write strength.
+        interpret: as of `launch`.
+
+    Returns:
+        (output float32 [batch, heads, Dv], new state).
+    """
+    batch, heads, key_dim, value_dim = state.shape
+    width = min(_COLUMNS, 1 << (value_dim - 1).bit_length())
+    length = 1 << (key_dim - 1).bit_length()
+    output, state = launch(
+        partial(_kernel, ratio=heads // key.shape[1], width=width, length=length),
+        [state, query, key, value.astype(jnp.float32), g, beta],
+        [jax.ShapeDtypeStruct(value.shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
+        grid=(pl.cdiv(value_dim, width), heads, batch),
+        name="delta_step",
+        cost=KernelCost(
+            flops=7.0 * state.size,
+            bytes=4.0 * (2 * state.size + query.size + key.size + 2 * value.size + g.size + beta.size),
+        ),
+        schedule=Schedule(warps=4, stages=1),
+        interpret=interpret,
+        # the step before's state is not needed again
+        aliases={0: 1},
+    )
+    return output, state
+
+
+def _kernel(state_ref, q_ref, k_ref, v_ref, g_ref, beta_ref, out_ref, new_ref, *, ratio, width, length):
+    column, head, row = pl.program_id(0) * width, pl.program_id(1), pl.program_id(2)
+    key_dim, value_dim = state_ref.shape[2:]
+    down, across = jnp.arange(length) < key_dim, column + jnp.arange(width) < value_dim
+    mask = down[:, None] & across[None, :]
+    lines, columns = pl.ds(0, length), pl.ds(column, width)
+    key = plt.load(k_ref.at[row, head // ratio, lines], mask=down, other=0)
+    query = plt.load(q_ref.at[row, head // ratio, lines], mask=down, other=0)
+    value = plt.load(v_ref.at[row, head, columns], mask=across, other=0)
+    state = plt.load(state_ref.at[row, head, lines, columns], mask=mask, other=0)
+    state = state * jnp.exp(g_ref[row, head])
+    recalled = jnp.sum(state * key[:, None], axis=0)
+    correction = (value - recalled) * beta_ref[row, head]
+    state = state + key[:, None] * correction[None, :]
+    plt.store(new_ref.at[row, head, lines, columns], state, mask=mask)
+    plt.store(out_ref.at[row, head, columns], jnp.sum(state * query[:, None], axis=0), mask=across)

@@ -1,0 +1,56 @@
+"""One float8 matrix times a few rows: the product of `grouped_matmul.py` with a single group."""
+
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen_moe_jax.kernels.experts import tile_sizes
+from qwen_moe_jax.kernels.grouped_matmul import grouped_matmul
+from qwen_moe_jax.kernels.tiles import Tiles
+from qwen_moe_jax.model.block_scaled import BlockScaled
+
+
+def float8_matmul(x: jax.Array, weight: BlockScaled, dtype: DTypeLike) -> jax.Array:
+    """x @ weight^T, the matrix rounded to x.dtype as it is read, accumulated in float32 and rounded once.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        dtype: of the result.
+
+    Returns:
+        [..., out].
+    """
+    leading = x.shape[:-1]
+    tokens = prod(leading)
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    stacked = jax.tree.map(lambda array: array[None], weight)
+    outputs = grouped_matmul(
+        x.reshape(tokens, -1),
+        stacked,
+        _one_group(tokens, rows),
+        gated=False,
+        slots_per_row=1,
+        sizes=tile_sizes(rows, float8=True),
+        expected_groups=1,
+        widening=weight.kernels.kernel_widening,
+        name="float8_matmul",
+        interpret=weight.kernels.interpret,
+        dtype=dtype,
+    )
+    return outputs.reshape(*leading, weight.shape[0])
+
+
+def _one_group(slots: int, rows: int) -> Tiles:
+    """All slots in order, in tiles of the same group."""
+    start = jnp.arange(0, slots, rows, dtype=jnp.int32)
+    return Tiles(
+        slots=jnp.arange(slots + rows, dtype=jnp.int32),
+        group=jnp.zeros(start.shape, jnp.int32),
+        start=start,
+        stop=jnp.minimum(start + rows, slots),
+        rows=rows,
+        expected_slots=slots,
+    )

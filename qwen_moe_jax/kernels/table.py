@@ -1,0 +1,203 @@
+"""The one table that says which implementation runs, by target, dtype and number of tokens.
+
+A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx942" is MI300X and MI325X,
+"gfx950" is MI355X), or "gpu" for any other. Implementations of one operation compute the same; their names:
+
+    experts      gathered, grouped, dense    plain XLA (`model/experts.py`)
+                 pallas_gathered             kernels that read a slot's matrices (`gathered_matmul.py`)
+                 pallas_grouped              kernels over sorted tiles (`grouped_matmul.py`)
+    attention    blockwise                   plain XLA (`model/attention.py`)
+                 flash                       a kernel (`flash_attention.py`)
+    delta_step   products                    plain XLA (`model/delta_rule.py`)
+                 pallas_step                 a kernel (`delta_step.py`)
+    float8       multiplied_out              plain XLA: a float8 matrix is widened, then multiplied
+                 pallas_tiles                a kernel that widens tiles as it reads them (`float8_matmul.py`)
+
+CPU: measured (`benchmarks/README.md`). AMD GPUs: reasoned from compiled programs, the bytes and FLOPs they
+name and the memory they take; nothing was timed on one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from qwen_moe_jax.errors import InputError
+
+AMD = ("gfx942", "gfx950")
+TARGETS = ("cpu", *AMD, "gpu")
+XLA, PALLAS = "xla", "pallas"
+
+# Operation -> its implementations, and what they are made with.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "experts": {
+        "gathered": XLA,
+        "grouped": XLA,
+        "dense": XLA,
+        "pallas_gathered": PALLAS,
+        "pallas_grouped": PALLAS,
+    },
+    "attention": {"blockwise": XLA, "flash": PALLAS},
+    "delta_step": {"products": XLA, "pallas_step": PALLAS},
+    "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of the table.
+
+    Attributes:
+        operation: a key of `IMPLEMENTATIONS`.
+        targets: it is for.
+        dtypes: compute dtypes that it is for, None for any.
+        up_to: most of what decides (see `decides`), None for no limit. Of several lines the first that fits.
+        implementation: that runs.
+        why: in a few words.
+    """
+
+    operation: str
+    targets: tuple[str, ...]
+    dtypes: tuple[str, ...] | None
+    up_to: float | None
+    implementation: str
+    why: str
+
+
+# What `up_to` bounds, by operation.
+DECIDES = {
+    "experts": "slots (tokens x top_k) an expert",
+    "attention": "tokens a row",
+    "delta_step": "tokens a row",
+    "float8": "tokens",
+}
+
+_BF16 = ("bfloat16",)
+_ANY = TARGETS
+TABLE: tuple[Rule, ...] = (
+    Rule("experts", ("cpu",), None, 2, "gathered", "a row multiplies in place; measured"),
+    Rule("experts", ("cpu",), None, None, "grouped", "blocks of one expert; measured"),
+    Rule("experts", AMD, _BF16, 0.25, "pallas_gathered", "hardly two slots share an expert; no sort"),
+    Rule("experts", AMD, _BF16, None, "pallas_grouped", "each expert's matrices are read once"),
+    Rule("experts", _ANY, None, 1, "gathered", "a slot reads its matrices in place"),
+    Rule("experts", _ANY, None, None, "grouped", "blocks of one expert"),
+    Rule("attention", AMD, _BF16, None, "flash", "one pass over the cache, heads of a group together"),
+    Rule("attention", _ANY, None, None, "blockwise", "a loop over blocks of keys"),
+    Rule("delta_step", AMD, None, None, "pallas_step", "the state is read once and written once"),
+    Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
+    Rule("float8", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
+    Rule("float8", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Which implementation runs, for one target.
+
+    Attributes:
+        target: one of `TARGETS`.
+        chosen: (operation, implementation) that win over the table.
+        interpret: Pallas kernels are evaluated by XLA instead of compiled: slow, for tests on any target.
+    """
+
+    target: str
+    chosen: tuple[tuple[str, str], ...] = ()
+    interpret: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise InputError(f"the target is {self.target!r}; expected one of {', '.join(TARGETS)}.")
+
+    def rule(self, operation: str, dtype: str, amount: float) -> Rule:
+        """The line that decides.
+
+        Args:
+            operation: a key of `IMPLEMENTATIONS`.
+            dtype: name of the compute dtype.
+            amount: of what decides, see `DECIDES`.
+        """
+        explicit = dict(self.chosen).get(operation)
+        if explicit is not None:
+            return Rule(operation, (self.target,), None, None, explicit, "asked for")
+        return next(
+            rule for rule in self._lines(operation, dtype) if rule.up_to is None or amount <= rule.up_to
+        )
+
+    def pick(self, operation: str, dtype: str, amount: float) -> str:
+        """The implementation that runs; arguments as of `rule`."""
+        return self.rule(operation, dtype, amount).implementation
+
+    def _lines(self, operation: str, dtype: str) -> list[Rule]:
+        """The lines that apply, down to the first without a limit."""
+        found: list[Rule] = []
+        for rule in TABLE:
+            fits = rule.operation == operation and self.target in rule.targets
+            if fits and (rule.dtypes is None or dtype in rule.dtypes):
+                found.append(rule)
+                if rule.up_to is None:
+                    break
+        return found
+
+    @property
+    def widening(self) -> str:
+        """How XLA widens float8_e4m3fn here, exactly either way.
+
+        "native" where the hardware's float8 is this one, "fnuz" where it is e4m3fnuz, "bits" through the bits
+        of a float16; see `model/block_scaled.py`.
+        """
+        return {"gfx950": "native", "gfx942": "fnuz"}.get(self.target, "bits")
+
+    @property
+    def kernel_widening(self) -> str:
+        """The same inside a Pallas kernel, which cannot convert from e4m3fnuz."""
+        return "native" if self.target == "gfx950" else "bits"
+
+    def lines(self, dtype: str, operations: tuple[str, ...] = tuple(IMPLEMENTATIONS)) -> list[str]:
+        """The table as it applies here, for people."""
+        lines = []
+        explicit = dict(self.chosen)
+        for operation in operations:
+            if operation in explicit:
+                lines.append(f"  {operation:<12}{explicit[operation]}, asked for")
+                continue
+            for rule in self._lines(operation, dtype):
+                limit = "" if rule.up_to is None else f" up to {rule.up_to:g} {DECIDES[operation]}"
+                lines.append(f"  {operation:<12}{rule.implementation}{limit}: {rule.why}")
+        return lines
+
+
+def make_kernels(
+    target: str, asked: "str | Mapping[str, str]" = "auto", *, interpret: bool = False
+) -> Kernels:
+    """The table for a target, with what the user asked for.
+
+    Args:
+        target: one of `TARGETS`.
+        asked: "auto" for the table alone, "xla" for no kernel of our own anywhere, or operation ->
+            implementation.
+        interpret: see `Kernels`.
+
+    Raises:
+        InputError: an unknown operation or implementation, or a kernel that the target cannot run.
+    """
+    if asked == "auto":
+        return Kernels(target, interpret=interpret)
+    if asked == "xla":
+        plain = {"attention": "blockwise", "delta_step": "products", "float8": "multiplied_out"}
+        if target in AMD:  # elsewhere the table has nothing else for experts
+            plain["experts"] = "grouped"
+        asked = plain
+    if not isinstance(asked, Mapping):
+        raise InputError(f'kernels is {asked!r}; expected "auto", "xla" or a mapping of operations.')
+    for operation, implementation in asked.items():
+        known = IMPLEMENTATIONS.get(operation)
+        if known is None:
+            raise InputError(f"kernels names {operation!r}; operations are {', '.join(IMPLEMENTATIONS)}.")
+        if implementation not in known:
+            raise InputError(
+                f"kernels asks for {operation} by {implementation!r}; it is done by {', '.join(known)}."
+            )
+        if known[implementation] == PALLAS and target not in AMD and not interpret:
+            raise InputError(
+                f"kernels asks for {operation} by {implementation!r}, a kernel for {' and '.join(AMD)}, and "
+                f"this is {target}; leave it to the table."
+            )
+    return Kernels(target, tuple(sorted(asked.items())), interpret)
