@@ -23,3 +23,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class InputError(QwenMoeError, ValueError):
     """A prompt, mask or option given to `logits`, `generate` or `stream` cannot be used."""
+
+
+class ToolchainError(QwenMoeError, RuntimeError):
+    """The compiler for AMD GPUs cannot be fetched, made ready or loaded on this machine."""
