@@ -75,10 +75,11 @@ class Engine:
         self._params = forward.parameters
         self._hidden_dtype = forward.decoder.dtypes.compute
         self._model = forward
-        self._prefill = jax.jit(partial(_prefill, forward), donate_argnames=("cache", "last_hidden"))
-        self._forward = jax.jit(partial(_forward, forward), donate_argnames=("cache",))
-        self._first = jax.jit(partial(_first, forward), static_argnames="plan", donate_argnames=("cache",))
-        self._decode = jax.jit(partial(_decode, forward), static_argnames="plan", donate_argnames=("state",))
+        jit = partial(jax.jit, compiler_options=forward.kernels.compiler_options)
+        self._prefill = jit(partial(_prefill, forward), donate_argnames=("cache", "last_hidden"))
+        self._forward = jit(partial(_forward, forward), donate_argnames=("cache",))
+        self._first = jit(partial(_first, forward), static_argnames="plan", donate_argnames=("cache",))
+        self._decode = jit(partial(_decode, forward), static_argnames="plan", donate_argnames=("state",))
         self._repeat = jax.jit(_repeat, static_argnames="copies")
 
     def padded(self, rows: int) -> int:
@@ -117,7 +118,7 @@ class Engine:
         longest = max(map(len, rows))
         rows = self._pad(rows)
         cache = self.new_cache(len(rows), cache_capacity(longest))
-        for start, tokens, valid in _chunks(rows):
+        for start, tokens, valid in self._chunks(rows):
             chunk, cache = self.forward(tokens, valid, cache)
             yield start, np.asarray(chunk[:, : longest - start])
 
@@ -134,7 +135,7 @@ class Engine:
         rows = self._pad(rows)
         cache = self.new_cache(len(rows), cache_capacity(max(map(len, rows)) + room))
         last: Any = np.zeros((len(rows), self.config.hidden_size), self._hidden_dtype)
-        for _, tokens, valid in _chunks(rows):
+        for _, tokens, valid in self._chunks(rows):
             cache, last = self._prefill(
                 self._params, cache=cache, last_hidden=last, tokens=tokens, valid=valid
             )
@@ -145,6 +146,33 @@ class Engine:
     ) -> tuple[HybridCache, jax.Array]:
         """Every row `copies` times, the copies of a row next to each other."""
         return self._repeat((cache, last_hidden), copies=copies)
+
+    def lower_prefill(self, cache: HybridCache, tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """The program that `prefill` runs on a chunk, of arguments without values.
+
+        Args:
+            cache: shapes and shardings, before the chunk.
+            tokens: int32 [batch, chunk].
+        """
+        batch = tokens.shape[0]
+        return self._prefill.lower(
+            self._params,
+            cache=cache,
+            last_hidden=jax.ShapeDtypeStruct((batch, self.config.hidden_size), self._hidden_dtype),
+            tokens=tokens,
+            valid=jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding),
+        )
+
+    def lower_decode(self, state: DecodeState, sampler: Sampler, plan: SamplingPlan) -> jax.stages.Lowered:
+        """The program that `decode` runs, of arguments without values."""
+        steps = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._decode.lower(self._params, state=state, sampler=sampler, steps=steps, plan=plan)
+
+    def _chunks(self, rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(start, tokens [batch, bucket], valid [batch, bucket]) of each prefill chunk."""
+        chunk = chunk_length(len(rows), self._model.kernels.target)
+        for start, length in chunk_spans(max(map(len, rows)), chunk):
+            yield start, *right_pad([row[start : start + length] for row in rows], length)
 
     def _pad(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         return rows + [np.zeros(0, np.int32)] * (self.padded(len(rows)) - len(rows))
@@ -162,12 +190,6 @@ class Engine:
         return self._decode(
             self._params, state=state, sampler=sampler, steps=np.int32(min(steps, BLOCK_STEPS)), plan=plan
         )
-
-
-def _chunks(rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(start, tokens [batch, bucket], valid [batch, bucket]) of each prefill chunk."""
-    for start, length in chunk_spans(max(map(len, rows)), chunk_length(len(rows))):
-        yield start, *right_pad([row[start : start + length] for row in rows], length)
 
 
 def _repeat(tree, *, copies: int):
@@ -190,14 +212,15 @@ def _forward(model: Forward, params, *, cache, tokens, valid):
 
 def _choose(logits, state: DecodeState, sampler: Sampler, plan: SamplingPlan):
     """The next token of every row that has not finished; (state, log-probabilities)."""
-    tokens, logprobs = choose_tokens(
-        logits,
-        sampler.params,
-        plan,
-        step_keys(row_keys(sampler.seeds, sampler.sequence_index), state.emitted),
-        sampler.prompt_mask,
-        state.counts,
-    )
+    with jax.named_scope("sampling"):
+        tokens, logprobs = choose_tokens(
+            logits,
+            sampler.params,
+            plan,
+            step_keys(row_keys(sampler.seeds, sampler.sequence_index), state.emitted),
+            sampler.prompt_mask,
+            state.counts,
+        )
     running = ~state.finished
     counts = state.counts
     if counts is not None:

@@ -18,11 +18,13 @@ class Forward(Protocol):
 
     Attributes:
         decoder: its configuration and dtypes.
+        kernels: what it is compiled for.
         parameters: canonical name -> array.
         batch_multiple: what a batch's number of rows must be a multiple of.
     """
 
     decoder: Decoder
+    kernels: Kernels
     parameters: dict[str, jax.Array]
     batch_multiple: int
 
@@ -50,6 +52,7 @@ class OneDeviceForward:
 
     def __init__(self, decoder: Decoder, kernels: Kernels):
         self.decoder = decoder
+        self.kernels = kernels
         self.parameters = named_parameters(decoder)
         self.batch_multiple = 1
         # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.

@@ -6,16 +6,23 @@ caches come in capacities two to an octave (64, 96, 128, 192, ...).
 
 from collections.abc import Iterator
 
-CHUNK_TOKENS = 512  # longest prefill chunk of one row
-CHUNK_BATCH_TOKENS = 4096  # rows x chunk, which bounds the activations of a chunk
+# Longest prefill chunk of one row, and rows x chunk, which bounds the activations of a chunk. On a GPU a chunk
+# reads every expert's matrices, so it takes thousands of tokens before they are not what it waits for.
+CPU_CHUNK, CPU_CHUNK_BATCH = 512, 4096
+GPU_CHUNK, GPU_CHUNK_BATCH = 4096, 8192
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 64
 
 
-def chunk_length(batch: int) -> int:
-    """Tokens a row in one prefill chunk: a power of two, fewer for larger batches."""
-    length = CHUNK_TOKENS
-    while length > SMALLEST_CHUNK and length * batch > CHUNK_BATCH_TOKENS:
+def chunk_length(batch: int, target: str = "cpu") -> int:
+    """Tokens a row in one prefill chunk: a power of two, fewer for larger batches.
+
+    Args:
+        batch: rows.
+        target: what programs are compiled for.
+    """
+    length, most = (CPU_CHUNK, CPU_CHUNK_BATCH) if target == "cpu" else (GPU_CHUNK, GPU_CHUNK_BATCH)
+    while length > SMALLEST_CHUNK and length * batch > most:
         length //= 2
     return length
 

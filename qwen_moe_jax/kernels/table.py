@@ -150,6 +150,14 @@ class Kernels:
         """The same inside a Pallas kernel, which cannot convert from e4m3fnuz."""
         return "native" if self.target == "gfx950" else "bits"
 
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What XLA is told for this target, or None.
+
+        Merging products of the same activations writes the matrices behind one another first, anew in every step.
+        """
+        return {"xla_gpu_dot_merger_threshold_mb": "0"} if self.target in AMD else None
+
     def lines(self, dtype: str, operations: tuple[str, ...] = tuple(IMPLEMENTATIONS)) -> list[str]:
         """The table as it applies here, for people."""
         lines = []

@@ -70,9 +70,9 @@ def widened(values: jax.Array, widening: str) -> jax.Array:
     Args:
         values: any shape.
         widening: by "native" conversion; as "fnuz", the float8 of gfx942, whose numbers at the same bits are
-            half of these, but for the bits of -0, which are its NaN (a -0 becomes 0); or through "bits": those
-            behind the sign, one place further up, are the bits of a float16 of 1/256 of the value, subnormal
-            ones included. (XLA:CPU's own conversion of each element takes three times as long as that.)
+            half of these, but for the bits of -0, which are its NaN (a -0 becomes 0); or through
+            "bits": those behind the sign, one place further up, are the bits of a float16 of 1/256 of the
+            value, subnormal ones included. (XLA:CPU's own conversion takes three times as long as that.)
     """
     if widening == "native":
         return values.astype(jnp.float32)

@@ -75,12 +75,13 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
     ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
         """What attention or Gated DeltaNet adds to the residual stream x, and the cache after it."""
-        normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
-        if isinstance(cache, KVCache):
-            part, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
-        else:
-            part, cache = self.linear_attn(normed, step.valid, cache)
-        return self.ranks.sum_heads(part), cache
+        with jax.named_scope("gated_attention" if isinstance(cache, KVCache) else "gated_delta_net"):
+            normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+            if isinstance(cache, KVCache):
+                part, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
+            else:
+                part, cache = self.linear_attn(normed, step.valid, cache)
+            return self.ranks.sum_heads(part), cache
 
     def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """What the mixture of experts adds to the residual stream x."""
@@ -176,9 +177,10 @@ class Decoder(nnx.Module):
         """Token ids [batch, seq] -> the residual stream before the first layer, float32."""
         # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
         # each time would be the largest error of a bfloat16 model.
-        x = self.ranks.embed(self.embed_tokens.weight[...], tokens).astype(jnp.float32)
-        # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
-        return jnp.where(valid[..., None], x, 0)
+        with jax.named_scope("embedding"):
+            x = self.ranks.embed(self.embed_tokens.weight[...], tokens).astype(jnp.float32)
+            # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
+            return jnp.where(valid[..., None], x, 0)
 
     def finish(self, x: jax.Array) -> jax.Array:
         """The residual stream behind the last layer -> hidden states, in the compute dtype."""
@@ -187,8 +189,9 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], rounded to the compute dtype first."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = linear(hidden, head.weight[...]).astype(jnp.float32)
-        return self.ranks.whole_vocabulary(logits)
+        with jax.named_scope("lm_head"):
+            logits = linear(hidden, head.weight[...]).astype(jnp.float32)
+            return self.ranks.whole_vocabulary(logits)
 
 
 def abstract_decoder(

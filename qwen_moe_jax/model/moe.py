@@ -92,8 +92,9 @@ class SparseMoe(nnx.Module):
 
         Pads (valid [tokens] false) go to none: their ids are num_experts.
         """
-        ids, weights = route(self.router_logits(x), self.config.num_experts_per_tok)
-        return jnp.where(valid[:, None], ids, self.config.num_experts), weights
+        with jax.named_scope("router"):
+            ids, weights = route(self.router_logits(x), self.config.num_experts_per_tok)
+            return jnp.where(valid[:, None], ids, self.config.num_experts), weights
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """float32 [..., experts]: rounded to bfloat16, near ties would choose other experts."""
@@ -125,10 +126,11 @@ class SparseMoe(nnx.Module):
             ranks=ranks,
             by_slot=by_slot,
         )
-        outputs = experts(
-            x, ids, weights, self.experts.matrix("gate_up_proj"), self.experts.matrix("down_proj")
-        )
-        return self.ranks.routed_part(outputs)
+        with jax.named_scope("experts"):
+            outputs = experts(
+                x, ids, weights, self.experts.matrix("gate_up_proj"), self.experts.matrix("down_proj")
+            )
+            return self.ranks.routed_part(outputs)
 
     def shared_weight(self, x: jax.Array) -> jax.Array:
         """The shared expert's gate, float32 [tokens, 1]."""
@@ -140,7 +142,8 @@ class SparseMoe(nnx.Module):
 
     def shared(self, x: jax.Array) -> jax.Array:
         """The shared expert times its gate, float32 [tokens, hidden]: this rank's part, typed as such."""
-        return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x))
+        with jax.named_scope("shared_expert"):
+            return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x))
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""

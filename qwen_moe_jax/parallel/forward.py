@@ -29,6 +29,7 @@ class MeshForward:
         self, layout: Layout, policy: DtypePolicy, kernels: Kernels, parameters: dict[str, jax.Array]
     ):
         self.layout = layout
+        self.kernels = kernels
         self.parameters = parameters
         self.batch_multiple = layout.batch_multiple
         self.decoder = layout_decoder(layout, policy, kernels)

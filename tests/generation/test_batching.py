@@ -8,8 +8,8 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import right_pad, to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.shapes import (
-    CHUNK_BATCH_TOKENS,
-    CHUNK_TOKENS,
+    CPU_CHUNK_BATCH,
+    CPU_CHUNK,
     cache_capacity,
     chunk_length,
     chunk_spans,
@@ -175,7 +175,7 @@ def test_right_pad_puts_rows_first_and_takes_empty_ones():
 def test_chunks_cover_a_prompt_once_in_a_bounded_set_of_lengths():
     for batch in (1, 3, 8, 20, 300):
         chunk = chunk_length(batch)
-        assert chunk * batch <= CHUNK_BATCH_TOKENS or chunk == 16
+        assert chunk * batch <= CPU_CHUNK_BATCH or chunk == 16
         lengths = set()
         for longest in range(1, 1100):
             spans = list(chunk_spans(longest, chunk))
@@ -183,7 +183,7 @@ def test_chunks_cover_a_prompt_once_in_a_bounded_set_of_lengths():
             assert spans[-1][0] + spans[-1][1] >= longest
             lengths |= {length for _, length in spans}
         assert lengths <= {2**n for n in range(4, 10)}
-        assert max(lengths) == chunk <= CHUNK_TOKENS
+        assert max(lengths) == chunk <= CPU_CHUNK
 
 
 def test_cache_capacities_hold_what_is_asked_with_two_to_an_octave():

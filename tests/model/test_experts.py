@@ -12,6 +12,7 @@ import torch
 from support.rounding import to_numpy, to_torch, ulp
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model import experts as experts_module
 from qwen_moe_jax.model.experts import (
     choose_experts,
@@ -221,27 +222,27 @@ def test_no_token_is_dropped_when_every_slot_goes_to_one_expert() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "tokens", "experts", "top_k", "block"),
+    ("target", "tokens", "experts", "top_k", "block"),
     [
         # None: one token at a time. Decode, of one row and of several:
         ("cpu", 1, 64, 8, None),
         ("cpu", 1, 512, 10, None),
         ("cpu", 16, 64, 8, None),
-        ("rocm", 8, 64, 8, None),
+        ("gpu", 8, 64, 8, None),
         # blocks of about two deviations above an expert's mean number of slots
         ("cpu", 17, 64, 8, 8),
         ("cpu", 128, 64, 8, 24),
         ("cpu", 512, 64, 8, 80),
         ("cpu", 512, 256, 8, 24),
         ("cpu", 2048, 4, 1, 560),
-        ("rocm", 9, 64, 8, 64),
+        ("gpu", 9, 64, 8, 64),
         ("gpu", 512, 64, 8, 64),
     ],
 )
-def test_the_form_follows_backend_and_slots_an_expert(
-    backend: str, tokens: int, experts: int, top_k: int, block: int | None
+def test_the_form_follows_target_and_slots_an_expert(
+    target: str, tokens: int, experts: int, top_k: int, block: int | None
 ) -> None:
-    chosen = choose_experts(backend, tokens, experts, top_k)
+    chosen = choose_experts(Kernels(target), jnp.dtype("bfloat16"), tokens, experts, top_k)
     assert isinstance(chosen, functools.partial)
     assert chosen.func is (gathered_experts if block is None else grouped_experts)
     assert chosen.keywords.get("block") == block
