@@ -1,0 +1,275 @@
+"""Which layout to serve a model with on so many devices: what fits, and how fast it can be at best.
+
+Every way of dividing the devices into data x expert x tensor is checked against the devices' memory
+(`parallel/memory.py`), and a decode step's least time is calculated (`minimum.py`). Nothing is compiled or
+measured: the order is that of upper bounds, so layouts that are close are to be measured.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+
+from qwen_moe_jax.aot.minimum import Roofline, collective_bytes, least_work, roofline
+from qwen_moe_jax.checkpoint.inspect import size_in_words
+from qwen_moe_jax.checkpoint.layout import is_scale, parameter_shapes
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.devices import Device
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.memory import USABLE, holding
+from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, abstract_mesh
+
+DTYPES = ("bfloat16", "float8")
+# Of activations and caches, and of the matrices that are not float8.
+_BFLOAT16 = jnp.dtype(jnp.bfloat16)
+_POLICY = DtypePolicy(compute=_BFLOAT16, matrix=_BFLOAT16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """A layout, what a device of it holds, and how fast it is at best.
+
+    Attributes:
+        data, expert, tensor: sizes of the mesh.
+        attention, expert_dispatch, shared_expert: as of `Layout`.
+        weights: bytes of a device.
+        caches: bytes of a device, for the rows of the batch that it has.
+        over: bytes of both beyond what is usable; 0 where the layout fits.
+        largest_batch: rows of the whole mesh that fit, of the plan's context; 0 where not even one a device.
+        roofline: of a decode step with the plan's batch.
+    """
+
+    data: int
+    expert: int
+    tensor: int
+    attention: str
+    expert_dispatch: str
+    shared_expert: str
+    weights: int
+    caches: int
+    over: int
+    largest_batch: int
+    roofline: Roofline
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and caches do."""
+        return self.over == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, and what follows of it, as JSON has it."""
+        found: dict[str, Any] = dataclasses.asdict(self)
+        found["fits"] = self.fits
+        for name in ("seconds", "bound", "tokens_per_second"):
+            found["roofline"][name] = getattr(self.roofline, name)
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The best layouts, and those that come closest to fitting; `str()` is a table.
+
+    Attributes:
+        parameters: of the model.
+        device: that there are `count` of.
+        count: devices.
+        batch: rows of the whole mesh.
+        context: tokens of each row, with the one that the step gives.
+        dtype: "bfloat16" or "float8", of the layers' matrices in memory.
+        fitting: the best layouts that fit, those with the most tokens a second at best first.
+        too_large: the best that do not, those with the largest batch first, then those with the least over.
+        considered: how many layouts there are.
+        fit: how many of them fit.
+    """
+
+    parameters: int
+    device: Device
+    count: int
+    batch: int
+    context: int
+    dtype: str
+    fitting: tuple[Option, ...]
+    too_large: tuple[Option, ...]
+    considered: int
+    fit: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it; of the device its name."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options = {name: [option.to_dict() for option in found[name]] for name in ("fitting", "too_large")}
+        return found | options | {"device": self.device.name}
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.parameters / 1e9:.1f} billion parameters in {self.dtype} on {self.count} x "
+            f"{self.device.name}, a batch of {self.batch:,} with {self.context:,} tokens each: {self.fit} of "
+            f"{self.considered} layouts fit"
+        ]
+        if self.fitting:
+            lines += [
+                f"{_HEADER}{'step':>11}  {'bound by':<9}{'tokens/s':>9}",
+                *(
+                    f"{_columns(option)}{_milliseconds(option.roofline.seconds):>11}  "
+                    f"{option.roofline.bound:<9}{option.roofline.tokens_per_second:>9,.0f}"
+                    for option in self.fitting
+                ),
+                "A step is of decode, with even routing. These are bounds: a real program takes longer.",
+            ]
+        if self.too_large:
+            lines += [
+                "do not fit:",
+                f"{_HEADER}{'too much':>11}",
+                *(f"{_columns(option)}{size_in_words(option.over):>11}" for option in self.too_large),
+            ]
+        return "\n".join([*lines, self._memory()])
+
+    def _memory(self) -> str:
+        said = (
+            f"{self.device.name}: {size_in_words(self.device.memory)}, {USABLE:.0%} of it for weights and "
+            "caches, the rest for programs and their temporaries."
+        )
+        if self.fitting:
+            return said
+        if any(option.largest_batch for option in self.too_large):
+            return f"{said} The batch is too large for every layout: give a smaller one, or more devices."
+        return (
+            f"{said} The weights and a single sequence are too large for every layout: give more devices"
+            + ("." if self.dtype == "float8" else ", or float8.")
+        )
+
+
+_HEADER = (
+    f"{'data':>4} {'expert':>6} {'tensor':>6}  {'attention':<9}  {'dispatch':<10}"
+    f"{'weights':>11}{'caches':>11}{'largest batch':>15}"
+)
+
+
+def _columns(option: Option) -> str:
+    attention = option.attention if option.expert > 1 else "-"
+    dispatch = option.expert_dispatch if option.expert > 1 else "-"
+    return (
+        f"{option.data:>4} {option.expert:>6} {option.tensor:>6}  {attention:<9}  {dispatch:<10}"
+        f"{size_in_words(option.weights):>11}{size_in_words(option.caches):>11}{option.largest_batch:>15,}"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.4g} ms"
+
+
+def plan(
+    config: ModelConfig,
+    device: Device,
+    count: int,
+    *,
+    batch: int,
+    context: int,
+    dtype: str | None = None,
+    shared_expert: str = "sharded",
+    top: int = 5,
+) -> Plan:
+    """The best layouts of a model on so many devices, for decoding a batch.
+
+    Args:
+        config: of the model; `qwen_moe_jax.configs` has the released ones.
+        device: of `devices.py`; all are equal and reach each other by its links.
+        count: devices, all of which are used.
+        batch: rows that are decoded together.
+        context: tokens of each row, with the one that a step gives; caches have room for exactly those.
+        dtype: "bfloat16" or "float8", of the layers' matrices; None means as the configuration says.
+        shared_expert: as of `Layout`. "sharded" reads and holds the least.
+        top: how many layouts that fit, and how many that do not, are given.
+
+    Raises:
+        InputError: a number or dtype that is none, or a context that the model does not have.
+    """
+    dtype = ("float8" if config.float8 else "bfloat16") if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+    for name, number in (("count", count), ("batch", batch), ("context", context), ("top", top)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InputError(f"{name} is {number!r}; expected a positive integer.")
+    if context > config.max_position_embeddings:
+        raise InputError(
+            f"context is {context}; expected at most the model's {config.max_position_embeddings} tokens."
+        )
+    config = dataclasses.replace(config, float8=dtype == "float8")
+    options = [_option(layout, device, batch, context) for layout in _layouts(config, count, shared_expert)]
+    fitting = [option for option in options if option.fits]
+    # sorting is stable, and simpler layouts come first
+    fitting.sort(key=lambda option: (-option.roofline.tokens_per_second, -option.largest_batch))
+    too_large = sorted(
+        (option for option in options if not option.fits),
+        key=lambda option: (-option.largest_batch, option.over),
+    )
+    return Plan(
+        parameters=sum(prod(shape) for name, shape in parameter_shapes(config).items() if not is_scale(name)),
+        device=device,
+        count=count,
+        batch=batch,
+        context=context,
+        dtype=dtype,
+        fitting=tuple(fitting[:top]),
+        too_large=tuple(too_large[:top]),
+        considered=len(options),
+        fit=len(fitting),
+    )
+
+
+def _layouts(config: ModelConfig, count: int, shared_expert: str) -> Iterator[Layout]:
+    """All that differ, except those that leave a rank without experts or without a part of each."""
+    for data, expert, tensor in _factors(count):
+        mesh = abstract_mesh(data, expert, tensor)
+        # one rank with all experts exchanges nothing, and has no other ranks to be anything to attention
+        choices = [("tensor", "psum")]
+        if expert > 1:
+            choices += [("data", "psum"), ("tensor", "all_to_all"), ("data", "all_to_all")]
+        for attention, dispatch in choices:
+            layout = Layout(config, mesh, attention, shared_expert, dispatch, ragged=True)
+            if all(_all_hold_some(layout, axis) for axis in ("expert", "inner")):
+                yield layout
+
+
+def _factors(count: int) -> Iterator[tuple[int, int, int]]:
+    """Every (data, expert, tensor) whose product is `count`."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for data in divisors:
+        for expert in divisors:
+            if count % (data * expert) == 0:
+                yield data, expert, count // (data * expert)
+
+
+def _all_hold_some(layout: Layout, axis: str) -> bool:
+    section = layout.splits[axis].sections[0]
+    return max(section.starts) < section.units
+
+
+def _option(layout: Layout, device: Device, batch: int, context: int) -> Option:
+    held = holding(layout, _POLICY)
+    weights = sum(held.weights.values())
+    caches = -(-batch // layout.batch_multiple) * held.sequence(context)
+    work = least_work(layout, _POLICY, batch=batch, tokens=1, context=context - 1)
+    collectives = collective_bytes(layout, _POLICY, batch=batch, tokens=1)
+    sizes = layout.mesh.shape
+    return Option(
+        data=sizes[DATA],
+        expert=sizes[EXPERT],
+        tensor=sizes[TENSOR],
+        attention=layout.attention,
+        expert_dispatch=layout.expert_dispatch,
+        shared_expert=layout.shared_expert,
+        weights=weights,
+        caches=caches,
+        over=max(0, caches - held.free(device)),
+        largest_batch=layout.batch_multiple * held.rows(device, context),
+        roofline=roofline(work, device, collectives=collectives),
+    )
