@@ -1,4 +1,4 @@
-"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize.
+"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize, and those of `aot`.
 
 An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from. A
 layout that disagrees with one device is exit status 1.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NoReturn
 
+from qwen_moe_jax.aot.commands import add_commands, kernels_asked
 from qwen_moe_jax.errors import InputError, QwenMoeError
 
 _SAMPLING_OPTIONS = {
@@ -146,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", help="folder to write")
     command.add_argument("--scales", default="bfloat16", help="dtype of the scales: bfloat16 or float32")
     command.set_defaults(run=_quantize)
+    add_commands(commands, common, sizes)
     return parser
 
 
@@ -175,14 +177,6 @@ def _layout_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _kernels_asked(text: str) -> str | dict[str, str]:
-    """ "experts=grouped,attention=blockwise" as a mapping; a plain word as it is."""
-    if "=" not in text:
-        return text
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    return {operation.strip(): implementation.strip() for operation, _, implementation in pairs}
-
-
 def _print(*text: Any, **how: Any) -> None:
     """Prints, in the first of several processes."""
     import jax
@@ -197,7 +191,7 @@ def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
     model = QwenMoe.from_pretrained(
         path,
         dtype=options.dtype,
-        kernels=_kernels_asked(options.kernels),
+        kernels=kernels_asked(options.kernels),
         progress=sys.stderr.isatty(),
         compilation_cache=None if options.no_compilation_cache else "auto",
         **layout,
@@ -292,7 +286,7 @@ def _check(options: argparse.Namespace) -> int:
         raise InputError(
             "a mesh of one device has nothing to disagree with; give --data, --expert or --tensor."
         )
-    kernels = make_kernels(current_target(), _kernels_asked(options.kernels))
+    kernels = make_kernels(current_target(), kernels_asked(options.kernels))
     layout = choose_layout(config, mesh, compute=compute, kernels=kernels, **_layout_options(options))
     assert layout is not None  # there is a mesh
     report = check_layout(folder, layout, compute, kernels, seed=options.seed, progress=sys.stderr.isatty())

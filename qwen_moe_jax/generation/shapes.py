@@ -6,8 +6,8 @@ caches come in capacities two to an octave (64, 96, 128, 192, ...).
 
 from collections.abc import Iterator
 
-# Longest prefill chunk of one row, and rows x chunk, which bounds the activations of a chunk. On a GPU a chunk
-# reads every expert's matrices, so it takes thousands of tokens before they are not what it waits for.
+# Longest prefill chunk of one row, and rows x chunk, which bounds the activations of a chunk. On a GPU a
+# chunk waits for every expert's matrices to be read, unless it has thousands of tokens.
 CPU_CHUNK, CPU_CHUNK_BATCH = 512, 4096
 GPU_CHUNK, GPU_CHUNK_BATCH = 4096, 8192
 SMALLEST_CHUNK = 16

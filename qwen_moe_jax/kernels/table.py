@@ -151,10 +151,10 @@ class Kernels:
         return "native" if self.target == "gfx950" else "bits"
 
     @property
-    def compiler_options(self) -> dict[str, str] | None:
+    def compiler_options(self) -> dict[str, str | bool] | None:
         """What XLA is told for this target, or None.
 
-        Merging products of the same activations writes the matrices behind one another first, anew in every step.
+        Merging products of the same activations would write the matrices behind one another, in every step.
         """
         return {"xla_gpu_dot_merger_threshold_mb": "0"} if self.target in AMD else None
 
@@ -189,7 +189,11 @@ def make_kernels(
     if asked == "auto":
         return Kernels(target, interpret=interpret)
     if asked == "xla":
-        plain = {"attention": "blockwise", "delta_step": "products", "float8": "multiplied_out"}
+        plain: dict[str, str] = {
+            "attention": "blockwise",
+            "delta_step": "products",
+            "float8": "multiplied_out",
+        }
         if target in AMD:  # elsewhere the table has nothing else for experts
             plain["experts"] = "grouped"
         asked = plain
