@@ -114,7 +114,7 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
 
 def _gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """All ranks' tokens, with what tells them from pads in one more column, so that one gather is enough."""
-    everyone = gathered(jnp.concatenate([x, valid[:, None].astype(x.dtype)], axis=1), ranks.expert_axes, 0)
+    everyone = gathered(_beside(x, valid[:, None].astype(x.dtype)), ranks.expert_axes, 0)
     return everyone[:, :-1], everyone[:, -1] > 0
 
 
@@ -153,7 +153,14 @@ def _with_shared_slot(
     turn = jnp.arange(ids.shape[0]) % ranks.expert_ranks
     rank = lax.axis_index(ranks.expert_axes) if ranks.expert_axes else 0
     slot_ids, slot_weights = _shared_slot(ranks, gate, valid & (turn == rank), 1)
-    return jnp.concatenate([ids, slot_ids], axis=1), jnp.concatenate([weights, slot_weights], axis=1)
+    return _beside(ids, slot_ids), _beside(weights, slot_weights)
+
+
+def _beside(slots: jax.Array, one: jax.Array) -> jax.Array:
+    """[tokens, n] and [tokens, 1] -> [tokens, n + 1]. Not as a concatenation: fused into what follows, one of
+    n and 1 columns does not compile for ROCm (jaxlib 0.10.2)."""
+    count = slots.shape[1]
+    return jnp.where(jnp.arange(count + 1) < count, jnp.pad(slots, ((0, 0), (0, 1))), one)
 
 
 def _own_rows(ranks: "MeshRanks", x: jax.Array) -> jax.Array:
