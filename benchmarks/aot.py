@@ -1,8 +1,8 @@
 """The 397B compiled for 8 AMD GPUs: compile time and memory here, bytes and FLOPs over the least there.
 
-Each program in a process of its own, so that its peak memory is its own. Nothing is run on a GPU; the seconds are
-of this machine. `python benchmarks/aot.py` takes about 20 minutes on two cores; `qwen-moe-jax toolchain` comes
-first.
+Each program in a process of its own, so that its peak memory is its own. Nothing is run on a GPU; the seconds
+are of this machine. `python benchmarks/aot.py` takes about 20 minutes on two cores, after
+`qwen-moe-jax toolchain`.
 """
 
 import argparse

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from support.configs import random_ids
 from support.divergence import (
@@ -25,6 +26,7 @@ from qwen_moe_jax.evaluation.word_problems import held_out
 SEEDS = (7, 2, 12, 29, 3)
 
 
+@pytest.mark.slow
 def test_mean_kl_over_random_models_is_within_the_bar(tmp_path: Path) -> None:
     found = [measure(bfloat16_checkpoint(seed, tmp_path / str(seed)), random_rows(seed)) for seed in SEEDS]
     assert pooled(found).ratio <= LARGEST_RATIO, found

@@ -29,6 +29,7 @@ def test_one_two_four_and_eight_ranks_give_the_same_bits() -> None:
     assert_equal_bits(22, "float32", 1, (1, 2, 4, 8))
 
 
+@pytest.mark.slow
 def test_also_in_bfloat16_and_with_tensor_parallelism() -> None:
     assert_equal_bits(22, "bfloat16", 2, (1, 4))
 

@@ -99,6 +99,7 @@ def test_two_processes_equal_one(sizes: str, mode: str) -> None:
         assert f["largest"] > 0, "something was compared"
 
 
+@pytest.mark.slow
 def test_each_process_reads_only_what_its_devices_hold(tmp_path: Path) -> None:
     """Every dimension divides by 8, so that bytes can be counted from shapes alone."""
     config = random_config(SEED) | DIVISIBLE_BY_8
