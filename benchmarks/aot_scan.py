@@ -1,7 +1,7 @@
 """Layers unrolled or scanned, for MI355X: the 397B's decode step both ways, compiled and counted, not run.
 
-Scanned, the weights of the 15 groups of four layers (three Gated DeltaNet, one attention) lie in stacks, and so
-do the caches; a step of the scan takes a slice of each. `python benchmarks/aot_scan.py`, after
+Scanned, the weights of the 15 groups of four layers (three Gated DeltaNet, one attention) lie in stacks, and
+so do the caches; a step of the scan takes a slice of each. `python benchmarks/aot_scan.py`, after
 `qwen-moe-jax toolchain`.
 """
 

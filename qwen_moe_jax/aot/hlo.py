@@ -7,18 +7,25 @@ Only what reports and tests ask of a compiled program is read. Names and attribu
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from qwen_moe_jax.kernels.launch import COST, KernelCost
 
 _ITEM = {"pred": 1, "token": 0, "opaque": 0, "tuple": 0}
-_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+# A dimension of at most so many elements is written "<=8".
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
+_QUOTED = r'"((?:[^"\\]|\\.)*)"'
+_STRING = re.compile(_QUOTED)
+_STRING_OR_PARENTHESIS = re.compile(_QUOTED + r"|[()]")
+_OP_NAME = re.compile(r"\bop_name=" + _QUOTED)
+_METADATA = re.compile(r"\bserialized_metadata = " + _QUOTED)
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -26,7 +33,26 @@ COLLECTIVES = (
     "all-to-all",
     "ragged-all-to-all",
     "collective-permute",
+    "collective-broadcast",
 )
+# They name memory, or wait; where they run a computation, that is what works.
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "add-dependency",
+    "while",
+    "conditional",
+    "call",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "async",
+    "async-update",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +89,35 @@ class Instruction:
     root: bool
 
     @property
+    def kind(self) -> str:
+        """The opcode of what runs, also where this only starts it: "all-reduce" of "all-reduce-start"."""
+        return self.opcode.removesuffix("-start")
+
+    @property
+    def results(self) -> tuple[Shape, ...]:
+        """What it writes: of an asynchronous start without the operands and tokens that it hands on."""
+        if self.kind == self.opcode or self.kind == "all-reduce":
+            return self.shapes
+        if self.kind == "copy":
+            return self.shapes[:1]
+        count = len(self.operands)
+        return self.shapes[count : 2 * count] if self.kind in COLLECTIVES else self.shapes[count:]
+
+    @property
     def bytes(self) -> float:
-        """Of the result."""
-        return sum(shape.bytes for shape in self.shapes)
+        """Of the results."""
+        return sum(shape.bytes for shape in self.results)
+
+    @property
+    def elements(self) -> int:
+        """Of the first result; several have as many each, but for a tuple."""
+        return prod(self.shapes[0].dims) if self.shapes else 0
 
     @property
     def op_name(self) -> str:
         """Where in the traced program it comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found.group(1) if found else ""
+        found = _OP_NAME.search(self.rest)
+        return re.sub(r"\\(.)", r"\1", found.group(1)) if found else ""
 
     @property
     def target(self) -> str | None:
@@ -79,15 +125,25 @@ class Instruction:
         found = re.search(r'custom_call_target="([^"]*)"', self.rest)
         return found.group(1) if found else None
 
+    @property
+    def free(self) -> bool:
+        """It moves and computes nothing itself."""
+        return self.kind in FREE or self.opcode.endswith("-done")
+
+    @cached_property
+    def attributes(self) -> str:
+        """The text behind the operands without what is quoted, where any text may be."""
+        return _STRING.sub('""', self.rest)
+
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute ("calls", "body", "condition") names."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found.group(1) if found else None
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Computations that a conditional chooses from."""
-        found = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if found:
             return tuple(_NAME.findall(found.group(1)))
         both = (self.called("true_computation"), self.called("false_computation"))
@@ -102,12 +158,14 @@ class Instruction:
     @property
     def kernel_cost(self) -> KernelCost | None:
         """What a kernel of this library said of itself when it was launched (`kernels/launch.py`)."""
-        found = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', self.rest)
+        found = _METADATA.search(self.rest)
         if found is None:
             return None
-        # MLIR writes a character that needs it as a backslash and two hexadecimal digits
+        # MLIR writes a backslash twice, and other bytes that need it as one and two hexadecimal digits
         text = re.sub(
-            r"\\([0-9A-F]{2})", lambda m: chr(int(m.group(1), 16)), found.group(1).replace("\\\\", "\\5C")
+            rb"\\(\\|[0-9A-Fa-f]{2})",
+            lambda m: m.group(1) if m.group(1) == b"\\" else bytes.fromhex(m.group(1).decode()),
+            found.group(1).encode(),
         )
         cost = json.loads(text).get(COST)
         return None if cost is None else KernelCost(**json.loads(cost))
@@ -119,12 +177,16 @@ class Module:
     Attributes:
         computations: name -> its instructions, in order.
         entry: name of the computation that a call of the program runs.
+        aliased: results that take over an argument's memory.
+        devices: that it is compiled for.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
-        self.aliased = len(re.findall(r"\{[\d, ]*\}: \(\d+,", text.partition("\n")[0]))
+        first = text.partition("\n")[0]
+        self.aliased = len(re.findall(r"\{[\d, ]*\}: \(\d+,", first))
+        self.devices = prod(int(n) for n in re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", first))
         current: list[Instruction] | None = None
         for line in text.splitlines():
             header = _HEADER.match(line)
@@ -141,27 +203,37 @@ class Module:
         return {name: {i.name: i for i in found} for name, found in self.computations.items()}
 
     def executed(
-        self, computation: str | None = None, times: float = 1
+        self,
+        computation: str | None = None,
+        times: float = 1,
+        cost: Callable[[str, Instruction], float] | None = None,
     ) -> Iterator[tuple[str, Instruction, float]]:
         """(computation, instruction, how often it runs) of what a call of the program executes.
 
         The insides of fusions are not executed one by one, and are left out. A loop of unknown length counts
-        once; of a conditional's branches each one counts, as the most that can run.
+        once, and so does its condition, which one of known length does without. Of a conditional's branches
+        the one that costs the most counts, for one of them runs, and any may.
+
+        Args:
+            computation: to start from, the entry if not given.
+            times: that it runs.
+            cost: of one run of an instruction of a computation, by which branches compare; the bytes of its
+                result if not given.
         """
         name = computation or self.entry
+        cost = cost or _result_bytes
         for instruction in self.computations[name]:
             yield name, instruction, times
-            if instruction.opcode == "while":
-                body = instruction.called("body")
-                assert body is not None
-                yield from self.executed(body, times * (instruction.trips or 1))
-            elif instruction.opcode == "conditional":
-                for branch in instruction.branches:
-                    yield from self.executed(branch, times)
-            elif instruction.opcode in ("call", "async-start"):
-                callee = instruction.called("to_apply") or instruction.called("calls")
-                if callee is not None:
-                    yield from self.executed(callee, times)
+            if instruction.kind == "conditional":
+                ran = [list(self.executed(branch, times, cost)) for branch in instruction.branches]
+                yield from max(ran, key=lambda branch: sum(cost(c, i) * n for c, i, n in branch), default=[])
+            for callee, runs in _runs(instruction):
+                yield from self.executed(callee, times * runs, cost)
+
+    def inside(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions that a fusion joins; of another instruction it alone."""
+        called = instruction.called("calls") if instruction.kind == "fusion" else None
+        return [instruction] if called is None else self.computations[called]
 
     def instructions(self) -> Iterator[Instruction]:
         """All of them, also inside fusions."""
@@ -187,27 +259,47 @@ class CollectiveOperation:
 
 
 def collectives(module: Module) -> list[CollectiveOperation]:
-    """What a call of the program exchanges, alike ones counted together."""
-    found: dict[tuple[str, int, float], float] = {}
-    for _, instruction, times in module.executed():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            shapes = instruction.shapes
-            # an asynchronous one's result is (operands, results, ...), but for an all-reduce
-            if instruction.opcode.endswith("-start") and len(shapes) > 1:
-                shapes = shapes[1:2]
-            key = kind, _group_size(instruction.rest), sum(s.bytes for s in shapes)
-            found[key] = found.get(key, 0) + times
-    return [CollectiveOperation(*key, count) for key, count in found.items()]
+    """What a call of the program exchanges, alike ones counted together.
+
+    Of a conditional's branches the one that exchanges the most bytes counts.
+    """
+
+    def key(one: Instruction) -> tuple[str, int, float] | None:
+        return (one.kind, _group_size(one, module), one.bytes) if one.kind in COLLECTIVES else None
+
+    def cost(_: str, instruction: Instruction) -> float:
+        return sum(one.bytes for one in module.inside(instruction) if one.kind in COLLECTIVES)
+
+    found = _counted(module, key, cost)
+    return [CollectiveOperation(kind, group, size, count) for (kind, group, size), count in found.items()]
 
 
 def custom_calls(module: Module) -> dict[str, float]:
-    """Target, and for a kernel of this library its name -> how many a call of the program executes."""
-    found: dict[str, float] = {}
-    for _, instruction, times in module.executed():
-        if instruction.opcode == "custom-call" and instruction.target:
-            name = instruction.target if instruction.kernel_cost is None else kernel_name(instruction)
-            found[name] = found.get(name, 0) + times
+    """Target, and for a kernel of this library its name -> how many a call of the program executes.
+
+    Of a conditional's branches the one with the most calls counts.
+    """
+
+    def key(one: Instruction) -> str | None:
+        if one.kind != "custom-call":
+            return None
+        return one.target if one.kernel_cost is None else kernel_name(one)
+
+    def cost(_: str, instruction: Instruction) -> float:
+        return sum(one.kind == "custom-call" for one in module.inside(instruction))
+
+    return _counted(module, key, cost)
+
+
+def _counted(
+    module: Module, key: Callable[[Instruction], Any], cost: Callable[[str, Instruction], float]
+) -> dict[Any, float]:
+    """How often what has a key is executed, on its own or in a fusion."""
+    found: dict[Any, float] = {}
+    for _, instruction, times in module.executed(cost=cost):
+        for one in module.inside(instruction):
+            if (name := key(one)) is not None:
+                found[name] = found.get(name, 0) + times
     return found
 
 
@@ -225,12 +317,47 @@ def item_bytes(dtype: str) -> float:
     return int(bits.group(1)) / 8 if bits else 0
 
 
-def _group_size(rest: str) -> int:
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+def _result_bytes(_: str, instruction: Instruction) -> float:
+    return 0 if instruction.free else instruction.bytes
+
+
+def _runs(instruction: Instruction) -> list[tuple[str, float]]:
+    """Computations that an instruction runs, but for a conditional's, and how often each."""
+    if instruction.kind == "while":
+        trips = instruction.trips
+        wanted = [("body", 1 if trips is None else trips)]
+        wanted += [("condition", 1)] if trips is None else []
+    elif instruction.kind in ("call", "async"):
+        wanted = [("to_apply", 1), ("calls", 1)]
+    else:
+        return []
+    return [(callee, runs) for name, runs in wanted if (callee := instruction.called(name)) is not None]
+
+
+def _group_size(collective: Instruction, module: Module) -> int:
+    text = collective.attributes
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
     if listed:
         return len(listed.group(1).split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    return int(iota.group(2)) if iota else 1
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
+    if iota:
+        return int(iota.group(2))
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+    if pairs:
+        return _chain(dict(re.findall(r"(\d+),(\d+)", pairs.group(1))))
+    return module.devices  # no groups: all of them
+
+
+def _chain(target: Mapping[str, str]) -> int:
+    """Devices of the longest ring or chain of a permutation."""
+    longest = 1
+    for start in target:
+        seen, at = {start}, target[start]
+        while at not in seen:
+            seen.add(at)
+            at = target.get(at, at)
+        longest = max(longest, len(seen))
+    return longest
 
 
 def _parse(line: str) -> Instruction | None:
@@ -240,7 +367,7 @@ def _parse(line: str) -> Instruction | None:
     text = line[head.end() :]
     end = _closing(text, 0) if text.startswith("(") else _type_end(text)
     shapes = tuple(
-        Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
+        Shape(dtype, tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d))
         for dtype, dims in _SHAPE.findall(text[:end])
     )
     opcode = _OPCODE.match(text, end)
@@ -255,17 +382,14 @@ def _parse(line: str) -> Instruction | None:
 
 def _type_end(text: str) -> int:
     """Where a plain type ends: before the blank in front of the opcode."""
-    return text.index(" ")
+    return max(text.find(" "), 0)
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """The place behind the parenthesis that closes the one at `start`; one in a string closes nothing."""
     depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "(":
-            depth += 1
-        elif text[place] == ")":
-            depth -= 1
-            if depth == 0:
-                return place + 1
+    for found in _STRING_OR_PARENTHESIS.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(found.group(), 0)
+        if depth == 0:
+            return found.end()
     return len(text)

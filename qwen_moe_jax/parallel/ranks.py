@@ -83,8 +83,9 @@ class MeshRanks:
 
     def mixture(self, moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
         """By the dispatch of the layout."""
-        if self.exact:
-            return exact_mixture(self, moe, x, valid)
-        if self.expert_dispatch == "all_to_all":
-            return all_to_all_mixture(self, moe, x, valid)
-        return psum_mixture(self, moe, x, valid)
+        with jax.named_scope("experts"):  # router and shared expert have scopes of their own
+            if self.exact:
+                return exact_mixture(self, moe, x, valid)
+            if self.expert_dispatch == "all_to_all":
+                return all_to_all_mixture(self, moe, x, valid)
+            return psum_mixture(self, moe, x, valid)
