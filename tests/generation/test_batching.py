@@ -8,8 +8,8 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import right_pad, to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.shapes import (
-    CPU_CHUNK_BATCH,
     CPU_CHUNK,
+    CPU_CHUNK_BATCH,
     cache_capacity,
     chunk_length,
     chunk_spans,
