@@ -261,11 +261,12 @@ def collective_bytes(
     share = _Share.of(layout, batch, tokens)
     heads, layers = layout.ranks_along(layout.head_axes), layout.config.num_hidden_layers
     stream = share.own * layout.config.hidden_size * _WIDE
+    logits = share.rows * layout.splits["vocab"].size * policy.compute.itemsize
     a_layer = [Collective("all-reduce", "heads", 1, heads, stream), *_mixture(layout, policy, share)]
     found = [
         Collective("all-reduce", "embedding", 1, heads, stream),
         *(dataclasses.replace(each, count=layers) for each in a_layer),
-        Collective("all-gather", "logits", 1, heads, share.rows * layout.splits["vocab"].size * _WIDE),
+        Collective("all-gather", "logits", 1, heads, logits),
     ]
     return tuple(each for each in found if each.ranks > 1)
 

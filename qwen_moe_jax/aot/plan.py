@@ -42,6 +42,7 @@ class Option:
         over: bytes of both beyond what is usable; 0 where the layout fits.
         largest_batch: rows of the whole mesh that fit, of the plan's context; 0 where not even one a device.
         roofline: of a decode step with the plan's batch.
+        collectives: how many it has, each of which takes its time to begin, which is not in the bound.
     """
 
     data: int
@@ -55,6 +56,7 @@ class Option:
     over: int
     largest_batch: int
     roofline: Roofline
+    collectives: int
 
     @property
     def fits(self) -> bool:
@@ -116,13 +118,15 @@ class Plan:
         ]
         if self.fitting:
             lines += [
-                f"{_HEADER}{'step':>11}  {'bound by':<9}{'tokens/s':>9}",
+                f"{_HEADER}{'step':>11}  {'bound by':<9}{'tokens/s':>9}{'collectives':>13}",
                 *(
                     f"{_columns(option)}{_milliseconds(option.roofline.seconds):>11}  "
                     f"{option.roofline.bound:<9}{option.roofline.tokens_per_second:>9,.0f}"
+                    f"{option.collectives:>13}"
                     for option in self.fitting
                 ),
-                "A step is of decode, with even routing. These are bounds: a real program takes longer.",
+                "A step is of decode, with even routing. These are bounds: a real program takes longer, and "
+                "each collective takes its time to begin.",
             ]
         if self.too_large:
             lines += [
@@ -272,4 +276,5 @@ def _option(layout: Layout, device: Device, batch: int, context: int) -> Option:
         over=max(0, caches - held.free(device)),
         largest_batch=layout.batch_multiple * held.rows(device, context),
         roofline=roofline(work, device, collectives=collectives),
+        collectives=sum(collective.count for collective in collectives),
     )

@@ -28,6 +28,11 @@ class DtypePolicy:
     matrix: jnp.dtype
     vector: jnp.dtype = _FLOAT32
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            # jnp.bfloat16 is a scalar type, which has no itemsize
+            object.__setattr__(self, field.name, jnp.dtype(getattr(self, field.name)))
+
 
 def declare(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
     """A parameter to be filled from a checkpoint; zeros until then (abstract under `nnx.eval_shape`)."""

@@ -187,9 +187,11 @@ def test_a_plan_is_json_with_all_that_the_table_shows() -> None:
 def test_the_table_has_a_line_an_option_in_order() -> None:
     found = everything()
     fits, large = str(found).split("do not fit:")
-    rates = [line.split()[-1] for line in fits.splitlines() if line.strip()[:1].isdigit()]
+    ends = [line.split()[-2:] for line in fits.splitlines() if line.strip()[:1].isdigit()]
     # the first line begins with the number of parameters
-    assert rates[1:] == [f"{option.roofline.tokens_per_second:,.0f}" for option in found.fitting]
+    assert ends[1:] == [
+        [f"{option.roofline.tokens_per_second:,.0f}", f"{option.collectives}"] for option in found.fitting
+    ]
     assert len([line for line in large.splitlines() if line.strip()[:1].isdigit()]) == len(found.too_large)
     assert "28 layouts fit" in fits
 
