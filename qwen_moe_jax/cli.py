@@ -1,4 +1,4 @@
-"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize, and those of `aot`.
+"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize, selftest, and `aot`'s.
 
 An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from. A
 layout that disagrees with one device is exit status 1.
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from qwen_moe_jax.aot.commands import add_commands, kernels_asked
 from qwen_moe_jax.errors import InputError, QwenMoeError
+from qwen_moe_jax.selftest import add_command as add_selftest
 
 _SAMPLING_OPTIONS = {
     "max_new_tokens": int,
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", help="folder to write")
     command.add_argument("--scales", default="bfloat16", help="dtype of the scales: bfloat16 or float32")
     command.set_defaults(run=_quantize)
+    add_selftest(commands, common)
     add_commands(commands, common, sizes)
     return parser
 

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from support.problems import load, reference_generate
+from support.rocm import rocm  # noqa: F401
 
+from qwen_moe_jax.aot import toolchain
+from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
 from qwen_moe_jax.kernels.table import TARGETS, Kernels
 from qwen_moe_jax.selftest import SelftestReport, add_command, kernel_checks, parity, selftest, selftest_parts
@@ -199,6 +203,26 @@ def test_the_tables_way_to_widen_float8_is_among_those_checked(target):
     assert Kernels(target).kernel_widening in in_kernels
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("rocm")
+@pytest.mark.parametrize("device", ["mi300x", "mi355x"])
+def test_every_case_compiles_for_the_devices_that_it_is_meant_for(device, monkeypatch):
+    described = find_device(device)
+    sharding = jax.sharding.SingleDeviceSharding(toolchain.topology(described)[0])
+
+    def compiled_only(function, *arguments):
+        structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+        jax.jit(function).lower(*structs).compile()
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+
+    monkeypatch.setattr(kernel_checks, "on_device", compiled_only)
+    checks = [partial(kernel_checks.experts, form) for form in ("gathered", "grouped")]
+    checks += [kernel_checks.attention, kernel_checks.delta_step, kernel_checks.float8]
+    cases = [case for check in checks for case in check(described.arch).details["cases"]]
+    assert len(cases) >= 30
+    assert [case for case in cases if "error" in case] == []
+
+
 # The model
 
 VOCABULARY = 50
@@ -226,7 +250,7 @@ def compared(change) -> Outcome:
     ours, found = [list(row) for row in tokens], wanted.copy()
     change(ours, found, wanted)
     sides = {PLAIN: Answers(tokens, wanted), "table": Answers(ours, found)}
-    models = SimpleNamespace(
+    models: Any = SimpleNamespace(
         prompts=prompts, new_tokens=10, plain="xla", load=lambda dtype, which: sides[which]
     )
     return parity.against_plain(models, "bfloat16")

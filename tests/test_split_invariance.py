@@ -245,6 +245,7 @@ def test_a_row_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     np.testing.assert_array_equal(both.logprobs[0], base.logprobs[0])
 
 
+@pytest.mark.slow
 def test_a_model_that_was_used_generates_bitwise_what_a_fresh_one_does() -> None:
     """No state survives a call (llama.cpp #29092)."""
     a, b = ROWS[1].tolist(), ROWS[2].tolist()

@@ -78,6 +78,11 @@ def total(part: jax.Array, axes: Axes) -> jax.Array:
     return lax.psum(part, axes) if axes else part
 
 
+def all_reduced(x: jax.Array, axes: Axes) -> jax.Array:
+    """Every rank's own x, summed over `axes`: what `total` costs, to be measured."""
+    return total(as_part(x, axes), axes)
+
+
 def scattered_total(part: jax.Array, axis: str) -> jax.Array:
     """The sum of all ranks' parts [n * rows, ...]; rank r gets rows r * rows and on: one reduce-scatter.
 

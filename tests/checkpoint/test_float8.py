@@ -37,7 +37,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"seed{case[0]}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=pytest.mark.slow if case[0] > 4 else ()) for case in CASES],
+    ids=lambda case: f"seed{case[0]}",
+)
 def pair(request, tmp_path_factory):
     seed, sizes, scales = request.param
     return float8_pair(tmp_path_factory.mktemp("float8"), seed, sizes, scales=scales)

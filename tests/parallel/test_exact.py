@@ -25,8 +25,13 @@ def assert_equal_bits(seed: int, dtype: str, tensor: int, sizes: tuple[int, ...]
         assert logprobs == found[0][2], "decoding, token by token"
 
 
-def test_one_two_four_and_eight_ranks_give_the_same_bits() -> None:
-    assert_equal_bits(22, "float32", 1, (1, 2, 4, 8))
+def test_one_and_four_ranks_give_the_same_bits() -> None:
+    assert_equal_bits(22, "float32", 1, (1, 4))
+
+
+@pytest.mark.slow
+def test_so_do_two_and_eight() -> None:
+    assert_equal_bits(22, "float32", 1, (1, 2, 8))
 
 
 @pytest.mark.slow

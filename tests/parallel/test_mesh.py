@@ -80,6 +80,7 @@ def test_a_shared_expert_of_another_width_cannot_be_fused() -> None:
         choose(UNFUSABLE, make_mesh(expert=2), shared_expert="fused")
 
 
+@pytest.mark.slow
 def test_auto_measures_and_says_which() -> None:
     for config, fusable in ((FUSABLE, True), (UNFUSABLE, False)):
         layout = choose(config, make_mesh(expert=2))
