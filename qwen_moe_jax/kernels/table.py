@@ -154,9 +154,13 @@ class Kernels:
     def compiler_options(self) -> dict[str, str | bool] | None:
         """What XLA is told for this target, or None.
 
-        Merging products of the same activations would write the matrices behind one another, in every step.
+        Merging products of the same activations would write the matrices behind one another, in every step. A
+        loop replayed as a HIP graph (a command buffer) is reported to crash (openxla/xla issue 46952, gfx950,
+        ROCm 7.1), and decoding is a loop; AMD's installation page switches them off, too.
         """
-        return {"xla_gpu_dot_merger_threshold_mb": "0"} if self.target in AMD else None
+        if self.target not in AMD:
+            return None
+        return {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_command_buffer": ""}
 
     def lines(self, dtype: str, operations: tuple[str, ...] = tuple(IMPLEMENTATIONS)) -> list[str]:
         """The table as it applies here, for people."""
