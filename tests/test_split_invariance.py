@@ -225,6 +225,7 @@ def tokens_alone(row: int) -> list[int]:
     return model().generate([ROWS[row].tolist()], max_new_tokens=NEW_TOKENS).sequences[0]
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_generates_what_each_row_generates_alone() -> None:
     alone = [tokens_alone(row) for row in range(len(ROWS))]
     assert model().generate([row.tolist() for row in ROWS], max_new_tokens=NEW_TOKENS).sequences == alone

@@ -244,6 +244,23 @@ CONVERT = re.compile(r"llvm\.amdgcn\.cvt\.[\w.]*fp8[\w.]*")
 MFMA = re.compile(r"llvm\.amdgcn\.mfma\.[\w.]+")
 
 
+@pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize("device", TARGETS)
+def test_every_kernel_with_a_product_uses_matrix_units(device, float8, tmp_path):
+    """In the kernel's own code; those for single rows and the delta rule's step hardly compute."""
+    deployment = make_deployment(
+        two_layers(float8=float8), DEVICES[device], expert=EXPERT_RANKS, batch=BATCH, context=CONTEXT
+    )
+    code = instructions_of(deployment, "decode", tmp_path)
+    names = ["grouped_gate_up", "grouped_down", "flash_attention", *(["float8_matmul"] if float8 else [])]
+    bodies = re.split(r"^define ", code, flags=re.MULTILINE)[1:]
+    for name in names:
+        found = [body for body in bodies if name in body.partition("(")[0]]
+        assert found, name
+        for body in found:
+            assert any("bf16" in one for one in MFMA.findall(body)), name
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("device", TARGETS)
 def test_float8_is_converted_by_the_hardware_where_it_is_its_own(device, program, tmp_path):

@@ -99,6 +99,7 @@ def test_a_fused_shared_expert_is_told_from_the_routed_ones(
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_is_held_to_bfloat16s_roundings() -> None:
     model = QwenMoe.from_pretrained(
         mesh_case(SEED).folder,
