@@ -11,11 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, split_matrix, up_to_power
+from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, split_matrix, sums, up_to_power
 from qwen_moe_jax.kernels.launch import KernelCost, launch
 from qwen_moe_jax.kernels.widen import tile_of
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
@@ -109,15 +108,8 @@ def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, columns, step, block, wid
             return total + matrix.astype(jnp.float32) * part.astype(jnp.float32)[None, :]
 
         empty = jnp.zeros((columns, step), jnp.float32)
-        steps = pl.cdiv(inner, step)
-        if gated:
-
-            def both(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                return products(i * step, column, totals[0]), products(i * step, out + column, totals[1])
-
-            gate, up = lax.fori_loop(0, steps, both, (empty, empty))
-            result = gated_activation(gate.sum(axis=1), up.sum(axis=1), out_ref.dtype)
-        else:
-            total = lax.fori_loop(0, steps, lambda i, total: products(i * step, column, total), empty)
-            result = total.sum(axis=1).astype(out_ref.dtype)
+        totals = sums(
+            products, empty, gated=gated, steps=pl.cdiv(inner, step), step=step, column=column, out=out
+        )
+        result = gated_activation([total.sum(axis=1) for total in totals], out_ref.dtype)
         plt.store(out_ref.at[slot, pl.ds(column, columns)], result, mask=inside)

@@ -16,6 +16,7 @@ with the scales of their blocks and rounded to x.dtype.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -169,17 +170,10 @@ def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, tile, columns, step, bloc
             return total + plt.dot(part, matrix, trans_b=True)
 
         empty = jnp.zeros((tile, columns), jnp.float32)
-        steps = pl.cdiv(inner, step)
-        if gated:
-
-            def both(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                return product(i * step, column, totals[0]), product(i * step, out + column, totals[1])
-
-            gate, up = lax.fori_loop(0, steps, both, (empty, empty))
-            result = gated_activation(gate, up, out_ref.dtype)
-        else:
-            total = lax.fori_loop(0, steps, lambda i, total: product(i * step, column, total), empty)
-            result = total.astype(out_ref.dtype)
+        totals = sums(
+            product, empty, gated=gated, steps=pl.cdiv(inner, step), step=step, column=column, out=out
+        )
+        result = gated_activation(totals, out_ref.dtype)
         inside = column + jnp.arange(columns) < out
         plt.store(
             out_ref.at[slots[:, None], column + jnp.arange(columns)[None, :]],
@@ -188,9 +182,40 @@ def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, tile, columns, step, bloc
         )
 
 
-def gated_activation(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """silu(gate) * up of float32 sums, each rounded to `dtype` where the plain forms round."""
-    gate, up = gate.astype(dtype).astype(jnp.float32), up.astype(dtype).astype(jnp.float32)
+def sums(
+    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    empty: jax.Array,
+    *,
+    gated: bool,
+    steps: int,
+    step: int,
+    column: jax.Array,
+    out: int,
+) -> tuple[jax.Array, ...]:
+    """A program's products over all steps of the contracted dimension: (gate, up) if `gated`, else one.
+
+    Args:
+        product: (first contracted element, first row of the matrix, what was summed before) -> the sum after.
+        empty: what sums begin with.
+        gated: the matrix holds `out` gate rows, then up rows.
+        steps, step: how many, and how long.
+        column: of the result, the program's first.
+        out: columns of the result.
+    """
+    firsts = (column, out + column) if gated else (column,)
+
+    def one(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(product(i * step, first, total) for first, total in zip(firsts, totals, strict=True))
+
+    return lax.fori_loop(0, steps, one, (empty,) * len(firsts))
+
+
+def gated_activation(totals: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """silu(gate) * up of float32 sums, each rounded to `dtype` where the plain forms round; of a single sum
+    itself, rounded."""
+    if len(totals) == 1:
+        return totals[0].astype(dtype)
+    gate, up = (total.astype(dtype).astype(jnp.float32) for total in totals)
     active = (gate * (1 / (1 + jnp.exp(-gate)))).astype(dtype)
     return (active.astype(jnp.float32) * up).astype(dtype)
 
