@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
 
     dtype, target = jnp.dtype(options.dtype), current_target()
-    held = held_dtype(dtype, target)
+    held = held_dtype(dtype, Kernels(target))
     rng = np.random.default_rng(0)
     gate_up = jnp.asarray(rng.normal(size=(EXPERTS, 2 * INNER, HIDDEN)).astype(np.float32) / 32, held)
     down = jnp.asarray(rng.normal(size=(EXPERTS, HIDDEN, INNER)).astype(np.float32) / 16, held)

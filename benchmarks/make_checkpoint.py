@@ -2,7 +2,8 @@
 
     python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16]
 
-`mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
+`mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million; `large`
+four layers of the 35B's shapes with a small vocabulary, 3.5 billion parameters, of which a token uses 311 million;
 `35b-slice` four layers of the 35B in their exact shapes (7.5 GB in bfloat16); `397b-narrow` the 60 layers
 and 512 experts of the 397B at a sixteenth of its width. `tiny` only tries the benchmarks themselves. There is
 no tokenizer: the benchmarks feed token ids.
@@ -48,6 +49,22 @@ SIZES = {
         "moe_intermediate_size": 256,
         "shared_expert_intermediate_size": 256,
     },
+    "large": {
+        "vocab_size": 32768,
+        "hidden_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
     "35b-slice": {
         "vocab_size": 248320,
         "hidden_size": 2048,
@@ -87,7 +104,7 @@ MROPE_SECTION = {16: [2, 0, 0], 32: [2, 1, 1], 128: [6, 5, 5], 256: [11, 11, 10]
 NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation
 
 
-_LARGE = ("35b-slice", "397b-narrow")  # to be loaded only: what the weights are does not matter
+_QUICKLY = ("large", "35b-slice", "397b-narrow")
 
 
 def _quickly_filled(config: Qwen3_5MoeTextConfig, dtype: torch.dtype) -> Qwen3_5MoeForCausalLM:
@@ -125,7 +142,7 @@ def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
         pad_token_id=0,
         dtype=dtype,
     )
-    if size in _LARGE:
+    if size in _QUICKLY:
         model = _quickly_filled(config, getattr(torch, dtype))
     else:
         model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype))

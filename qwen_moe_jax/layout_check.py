@@ -127,7 +127,7 @@ def check_layout(
         CheckpointError: the checkpoint is damaged or does not fit its configuration.
     """
     config = layout.config
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     reader = _Reader(folder, config, policy, parameters)
     rng = np.random.default_rng(seed)
     batch = 2 * layout.batch_multiple
@@ -204,7 +204,7 @@ class _Side:
         self.config = config
         self.policy = policy
         self.kernels = kernels
-        self.kv_dtype = held_dtype(policy.compute, kernels.target)
+        self.kv_dtype = held_dtype(policy.compute, kernels)
         decoder = self.decoder(())
         self._embed = self.compiled(decoder, "", lambda d, tokens, valid: d.embed(tokens, valid))
         self._logits = self.compiled(decoder, "", lambda d, x: d.logits(d.finish(x)))

@@ -67,7 +67,7 @@ def describe_model(
     found = None if device is None else find_device(device)
     summary = inspect_checkpoint(folder, context=context)
     layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     held = policy.matrix.name
     if config.float8:
         held = f"float8 (layers) and {held}"

@@ -56,7 +56,7 @@ class OneDeviceForward:
         self.parameters = named_parameters(decoder)
         self.batch_multiple = 1
         # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.
-        self._kv_dtype = held_dtype(decoder.dtypes.compute, kernels.target)
+        self._kv_dtype = held_dtype(decoder.dtypes.compute, kernels)
 
     def hidden(
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache

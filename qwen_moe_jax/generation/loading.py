@@ -113,7 +113,7 @@ def load_forward(
     Raises:
         CheckpointError: the folder is incomplete, damaged, or does not fit its configuration.
     """
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     if layout is None:
         decoder, targets = whole_decoder(config, policy, kernels)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)

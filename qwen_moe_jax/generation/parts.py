@@ -34,7 +34,7 @@ def load_mtp(
     """
     # Read first: of a checkpoint without the part, config.json need not say anything about it.
     values, blocks = read_part(folder, "mtp", dtype=compute, progress=progress)
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     layers = mtp_layers(read_json_object(folder / "config.json", ConfigError))
     head = abstract_mtp(config, layers, policy, kernels, blocks)
     for name, value in values.items():

@@ -3,17 +3,25 @@
 A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx942" is MI300X and MI325X,
 "gfx950" is MI355X), or "gpu" for any other. Implementations of one operation compute the same; their names:
 
+    embedding    lookup                      plain XLA
+                 native
+    linear       products                    plain XLA (`model/linear.py`)
+                 native                      C++ (`cpu/`), as are the others of this name
     experts      gathered, grouped, dense    plain XLA (`model/experts.py`)
                  pallas_gathered             kernels that read a slot's matrices (`gathered_matmul.py`)
                  pallas_grouped              kernels over sorted tiles (`grouped_matmul.py`)
+                 native
     attention    blockwise                   plain XLA (`model/attention.py`)
                  flash                       a kernel (`flash_attention.py`)
+                 native
     delta_step   products                    plain XLA (`model/delta_rule.py`)
                  pallas_step                 a kernel (`delta_step.py`)
+                 native
     float8       multiplied_out              plain XLA: a float8 matrix is widened, then multiplied
                  pallas_tiles                a kernel that widens tiles as it reads them (`float8_matmul.py`)
+                 native
 
-CPU: measured (`benchmarks/README.md`). AMD GPUs: reasoned from compiled programs, the bytes and FLOPs they
+CPU: measured (`benchmarks/README.md`); the C++ kernels apply where they could be built. AMD GPUs: reasoned from compiled programs, the bytes and FLOPs they
 name and the memory they take; nothing was timed on one.
 """
 
@@ -21,23 +29,27 @@ import dataclasses
 from collections.abc import Mapping
 
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.kernels.cpu.build import native_variant
 
 AMD = ("gfx942", "gfx950")
 TARGETS = ("cpu", *AMD, "gpu")
-XLA, PALLAS = "xla", "pallas"
+XLA, PALLAS, NATIVE = "xla", "pallas", "native"
 
 # Operation -> its implementations, and what they are made with.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "embedding": {"lookup": XLA, "native": NATIVE},
+    "linear": {"products": XLA, "native": NATIVE},
     "experts": {
         "gathered": XLA,
         "grouped": XLA,
         "dense": XLA,
         "pallas_gathered": PALLAS,
         "pallas_grouped": PALLAS,
+        "native": NATIVE,
     },
-    "attention": {"blockwise": XLA, "flash": PALLAS},
-    "delta_step": {"products": XLA, "pallas_step": PALLAS},
-    "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS},
+    "attention": {"blockwise": XLA, "flash": PALLAS, "native": NATIVE},
+    "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
+    "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS, "native": NATIVE},
 }
 
 
@@ -64,6 +76,8 @@ class Rule:
 
 # What `up_to` bounds, by operation.
 DECIDES = {
+    "embedding": "tokens",
+    "linear": "tokens",
     "experts": "slots (tokens x top_k) an expert",
     "attention": "tokens a row",
     "delta_step": "tokens a row",
@@ -71,8 +85,14 @@ DECIDES = {
 }
 
 _BF16 = ("bfloat16",)
+_NATIVE = ("float32", "bfloat16")
 _ANY = TARGETS
 TABLE: tuple[Rule, ...] = (
+    Rule("embedding", ("cpu",), _NATIVE, None, "native", "XLA:CPU widens a whole bfloat16 table"),
+    Rule("embedding", _ANY, None, None, "lookup", "a gather"),
+    Rule("linear", ("cpu",), _NATIVE, None, "native", "matrices are read once, at memory speed; measured"),
+    Rule("linear", _ANY, None, None, "products", "matrix products"),
+    Rule("experts", ("cpu",), _NATIVE, None, "native", "slots sorted by expert; measured"),
     Rule("experts", ("cpu",), None, 2, "gathered", "a row multiplies in place; measured"),
     Rule("experts", ("cpu",), None, None, "grouped", "blocks of one expert; measured"),
     Rule("experts", AMD, _BF16, 0.25, "pallas_gathered", "hardly two slots share an expert; no sort"),
@@ -80,10 +100,13 @@ TABLE: tuple[Rule, ...] = (
     Rule("experts", _ANY, None, 1, "gathered", "a slot reads its matrices in place"),
     Rule("experts", _ANY, None, None, "grouped", "blocks of one expert"),
     Rule("attention", AMD, _BF16, None, "flash", "one pass over the cache, heads of a group together"),
+    Rule("attention", ("cpu",), _NATIVE, None, "native", "keys appended in place and read once; measured"),
     Rule("attention", _ANY, None, None, "blockwise", "a loop over blocks of keys"),
     Rule("delta_step", AMD, None, None, "pallas_step", "the state is read once and written once"),
+    Rule("delta_step", ("cpu",), _NATIVE, None, "native", "the state changes in place; measured"),
     Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
     Rule("float8", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
+    Rule("float8", ("cpu",), _NATIVE, None, "native", "widened as it is read; measured"),
     Rule("float8", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
 )
 
@@ -96,11 +119,14 @@ class Kernels:
         target: one of `TARGETS`.
         chosen: (operation, implementation) that win over the table.
         interpret: Pallas kernels are evaluated by XLA instead of compiled: slow, for tests on any target.
+        native: which variant of the C++ kernels is loaded (`cpu/build.py`), None for none: then the table's
+            lines for them do not apply.
     """
 
     target: str
     chosen: tuple[tuple[str, str], ...] = ()
     interpret: bool = False
+    native: str | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -129,12 +155,25 @@ class Kernels:
         """The lines that apply, down to the first without a limit."""
         found: list[Rule] = []
         for rule in TABLE:
-            fits = rule.operation == operation and self.target in rule.targets
-            if fits and (rule.dtypes is None or dtype in rule.dtypes):
+            if rule.operation != operation or self.target not in rule.targets:
+                continue
+            native = IMPLEMENTATIONS[operation][rule.implementation] == NATIVE
+            if (self.native or not native) and (rule.dtypes is None or dtype in rule.dtypes):
                 found.append(rule)
                 if rule.up_to is None:
                     break
         return found
+
+    @property
+    def variant(self) -> str:
+        """The loaded variant of the C++ kernels.
+
+        Raises:
+            ValueError: none is.
+        """
+        if self.native is None:
+            raise ValueError("no C++ kernels are loaded")
+        return self.native
 
     @property
     def widening(self) -> str:
@@ -166,6 +205,9 @@ class Kernels:
         """The table as it applies here, for people."""
         lines = []
         explicit = dict(self.chosen)
+        if self.target == "cpu":
+            kernels = f"{self.native} variant" if self.native else "none, plain XLA only"
+            lines.append(f"  {'C++ kernels':<12}{kernels}")
         for operation in operations:
             if operation in explicit:
                 lines.append(f"  {operation:<12}{explicit[operation]}, asked for")
@@ -190,13 +232,16 @@ def make_kernels(
     Raises:
         InputError: an unknown operation or implementation, or a kernel that the target cannot run.
     """
+    native = native_variant() if target == "cpu" and asked != "xla" else None
     if asked == "auto":
-        return Kernels(target, interpret=interpret)
+        return Kernels(target, interpret=interpret, native=native)
     if asked == "xla":
         plain: dict[str, str] = {
             "attention": "blockwise",
             "delta_step": "products",
             "float8": "multiplied_out",
+            "linear": "products",
+            "embedding": "lookup",
         }
         if target in AMD:  # elsewhere the table has nothing else for experts
             plain["experts"] = "grouped"
@@ -216,4 +261,10 @@ def make_kernels(
                 f"kernels asks for {operation} by {implementation!r}, a kernel for {' and '.join(AMD)}, and "
                 f"this is {target}; leave it to the table."
             )
-    return Kernels(target, tuple(sorted(asked.items())), interpret)
+        if known[implementation] == NATIVE and native is None:
+            why = "none could be built here" if target == "cpu" else f"this is {target}"
+            raise InputError(
+                f"kernels asks for {operation} by {implementation!r}, a C++ kernel for CPUs, and {why}; leave it "
+                "to the table."
+            )
+    return Kernels(target, tuple(sorted(asked.items())), interpret, native)

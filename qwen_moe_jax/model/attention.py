@@ -10,10 +10,11 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.cpu.calls import native_attention
 from qwen_moe_jax.kernels.flash_attention import attend
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import KVCache
-from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
 from qwen_moe_jax.model.ranks import Ranks
@@ -142,17 +143,26 @@ class GatedAttention(nnx.Module):
         """
         batch, seq, _ = x.shape
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        query, gate = jnp.split(linear(x, self.q_proj.matrix()).reshape(batch, seq, -1, 2 * dim), 2, axis=-1)
-        key = linear(x, self.k_proj.matrix()).reshape(batch, seq, -1, dim)
-        value = linear(x, self.v_proj.matrix()).reshape(batch, seq, -1, dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        products = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
+        queries, key, value = (
+            product.reshape(batch, seq, -1, width)
+            for product, width in zip(products, (2 * dim, dim, dim), strict=True)
+        )
+        query, gate = jnp.split(queries, 2, axis=-1)
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
 
         capacity = cache.k.shape[1]
-        cache = append_keys(cache, key, value, jnp.where(valid, positions, capacity))
-        if self.kernels.pick("attention", x.dtype.name, seq) == "flash":
-            mixed = attend(query, cache.k, cache.v, positions, interpret=self.kernels.interpret)
+        slots = jnp.where(valid, positions, capacity)
+        chosen = self.kernels.pick("attention", x.dtype.name, seq)
+        if chosen == "native":
+            mixed, cache = native_attention(query, key, value, positions, slots, cache, self.kernels.variant)
         else:
-            mixed = blockwise_attention(query, cache.k, cache.v, positions)
+            cache = append_keys(cache, key, value, slots)
+            if chosen == "flash":
+                mixed = attend(query, cache.k, cache.v, positions, interpret=self.kernels.interpret)
+            else:
+                mixed = blockwise_attention(query, cache.k, cache.v, positions)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
-        return self.ranks.head_product(mixed, self.o_proj.matrix()), cache
+        return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache

@@ -130,6 +130,7 @@ class Decoder(nnx.Module):
         """
         self.config = config
         self.dtypes = dtypes
+        self.kernels = kernels
         self.ranks = ranks
         self.embed_tokens = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
         self.layers = nnx.List(
@@ -178,7 +179,7 @@ class Decoder(nnx.Module):
         # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
         # each time would be the largest error of a bfloat16 model.
         with jax.named_scope("embedding"):
-            x = self.ranks.embed(self.embed_tokens.weight[...], tokens).astype(jnp.float32)
+            x = self.ranks.embed(self.embed_tokens.weight[...], tokens, self.kernels)
             # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
             return jnp.where(valid[..., None], x, 0)
 
@@ -191,7 +192,8 @@ class Decoder(nnx.Module):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with jax.named_scope("lm_head"):
             # rounded before they are gathered: half the bytes, the same numbers
-            return self.ranks.whole_vocabulary(linear(hidden, head.weight[...])).astype(jnp.float32)
+            logits = linear(hidden, head.weight[...], kernels=self.kernels)
+            return self.ranks.whole_vocabulary(logits).astype(jnp.float32)
 
 
 def abstract_decoder(

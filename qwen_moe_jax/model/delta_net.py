@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.kernels.cpu.calls import native_delta_step
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import DeltaNetCache
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
-from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
@@ -93,8 +94,10 @@ class GatedDeltaNet(nnx.Module):
         key_dim = (self.conv1d.weight[...].shape[0] - value_heads * c.linear_value_head_dim) // 2
         batch, seq, _ = x.shape
         heads = (batch, seq, -1)
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        mixed, gate, b, a = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
         mixed, carried = causal_conv(
-            linear(x, self.in_proj_qkv.matrix()),
+            mixed,
             self.conv1d.weight[...][:, 0],
             cache.conv,
             valid.sum(axis=1, dtype=jnp.int32),
@@ -105,25 +108,23 @@ class GatedDeltaNet(nnx.Module):
         value = value.reshape(*heads, c.linear_value_head_dim)
 
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        beta = jax.nn.sigmoid(linear(x, self.in_proj_b.matrix())).astype(wide)
-        a = linear(x, self.in_proj_a.matrix()).astype(wide)
-        g = -jnp.exp(self.A_log[...].astype(wide)) * jax.nn.softplus(a + self.dt_bias[...].astype(wide))
+        beta = jax.nn.sigmoid(b).astype(wide)
+        g = -jnp.exp(self.A_log[...].astype(wide)) * jax.nn.softplus(
+            a.astype(wide) + self.dt_bias[...].astype(wide)
+        )
         # A pad decays nothing, writes nothing: the state passes through unchanged.
         token = valid[..., None]
         g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
         key, value = jnp.where(token[..., None], key, 0), jnp.where(token[..., None], value, 0)
 
-        by_kernel = self.kernels.pick("delta_step", x.dtype.name, seq) == "pallas_step"
-        if seq == 1 and by_kernel and cache.state.dtype == jnp.float32:
-            output, state = delta_step(
-                cache.state,
-                query[:, 0],
-                key[:, 0],
-                value[:, 0],
-                g[:, 0],
-                beta[:, 0],
-                interpret=self.kernels.interpret,
-            )
+        chosen = self.kernels.pick("delta_step", x.dtype.name, seq)
+        narrow = cache.state.dtype == jnp.float32
+        token = tuple(x[:, 0] for x in (query, key, value, g, beta))
+        if seq == 1 and chosen == "pallas_step" and narrow:
+            output, state = delta_step(cache.state, *token, interpret=self.kernels.interpret)
+            output = output[:, None]
+        elif seq == 1 and chosen == "native" and narrow:
+            output, state = native_delta_step(cache.state, *token, self.kernels.variant)
             output = output[:, None]
         elif seq == 1:
             output, state = delta_rule_step(
@@ -138,9 +139,9 @@ class GatedDeltaNet(nnx.Module):
         else:
             output, state = delta_rule_chunked(query, key, value, g, beta, cache.state)
 
-        gate = linear(x, self.in_proj_z.matrix()).reshape(output.shape)
+        gate = gate.reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
-        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix())
+        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix(), self.kernels)
         return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.kernels.cpu.calls import native_experts
 from qwen_moe_jax.kernels.experts import gathered_kernels, grouped_kernels
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
@@ -217,6 +218,8 @@ def choose_experts(
             interpret=kernels.interpret,
             by_slot=by_slot,
         )
+    if chosen == "native":
+        return partial(native_experts, variant=kernels.variant, by_slot=by_slot)
     if chosen == "gathered":
         # by slot always with branches, which nothing is fused across
         return partial(gathered_experts, skip=ranks > 1 or by_slot, by_slot=by_slot)

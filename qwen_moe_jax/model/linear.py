@@ -1,32 +1,40 @@
 """Matrix products, and the dtype that large matrices are held in.
 
 A bfloat16 product with float32 accumulation, rounded once, gives the same number whether the weight
-sits in memory as bfloat16 or as the float32 of equal value. On XLA:CPU one way of writing the product is
-fast for float32 matrices at every number of tokens; for bfloat16 ones none is, and loops over experts
-widen all of them first (`benchmarks/README.md`, "Held dtype on CPU"). So on CPU matrices are held in
-float32, at twice the memory; elsewhere in the compute dtype.
+sits in memory as bfloat16 or as the float32 of equal value. Matrices are held in the compute dtype, but for a
+CPU without the C++ kernels: on XLA:CPU one way of writing the product is fast for float32 matrices at every
+number of tokens; for bfloat16 ones none is, and loops over experts widen all of them first
+(`benchmarks/README.md`, "Held dtype on CPU"). There they are held in float32, at twice the memory.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.kernels.cpu.calls import native_linears
 from qwen_moe_jax.kernels.float8_matmul import float8_matmul
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 
-def held_dtype(compute: DTypeLike, target: str) -> jnp.dtype:
+def held_dtype(compute: DTypeLike, kernels: Kernels) -> jnp.dtype:
     """The dtype large matrices (and the key/value cache) have in memory.
 
     Args:
         compute: the model's compute dtype.
-        target: what programs are compiled for, see `kernels/table.py`.
+        kernels: what programs are compiled for, and which implementations run.
     """
-    return jnp.dtype(jnp.float32) if target == "cpu" else jnp.dtype(compute)
+    compute = jnp.dtype(compute)
+    plain = kernels.target == "cpu" and kernels.pick("linear", compute.name, 1) != "native"
+    return jnp.dtype(jnp.float32) if plain else compute
 
 
-def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None, *, kernels: Kernels | None = None
+) -> jax.Array:
     """x @ weight^T, accumulated in float32 (or wider) and rounded once.
 
     Args:
@@ -34,14 +42,52 @@ def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> 
         weight: [out, in], the held dtype. Where the two differ, the narrower one is widened, never x rounded.
             Float8 with block scales is multiplied out in x.dtype.
         out_dtype: what the product is rounded to; None means x.dtype.
+        kernels: which implementation multiplies; None means plain XLA. Float8 matrices bring their own.
 
     Returns:
         [..., out] in out_dtype.
     """
+    return linears(x, [weight], [out_dtype], kernels=kernels)[0]
+
+
+def linears(
+    x: jax.Array,
+    weights: Sequence[Matrix],
+    out_dtypes: Sequence[DTypeLike | None] | None = None,
+    *,
+    kernels: Kernels | None = None,
+) -> list[jax.Array]:
+    """Products of one x with several matrices, as of `linear`, which a C++ kernel takes together."""
+    dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
+    chosen = [_implementation(x, weight, kernels) for weight in weights]
+    native = [index for index, name in enumerate(chosen) if name == "native"]
+    results = dict.fromkeys(range(len(weights)), x)
+    if native:
+        variant = next(k.variant for k in (kernels, *map(_kernels_of, weights)) if k and k.native)
+        found = native_linears(x, [weights[i] for i in native], [dtypes[i] for i in native], variant)
+        results.update(zip(native, found, strict=True))
+    for index, (weight, name) in enumerate(zip(weights, chosen, strict=True)):
+        if name == "pallas_tiles":
+            results[index] = float8_matmul(x, weight, dtypes[index])
+        elif name != "native":
+            results[index] = _product(x, weight, dtypes[index])
+    return list(results.values())
+
+
+def _kernels_of(weight: Matrix) -> Kernels | None:
+    return weight.kernels if isinstance(weight, BlockScaled) else None
+
+
+def _implementation(x: jax.Array, weight: Matrix, kernels: Kernels | None) -> str:
+    tokens = x.size // x.shape[-1]
     if isinstance(weight, BlockScaled):
-        tokens = x.size // x.shape[-1]
-        if weight.kernels.pick("float8", x.dtype.name, tokens) == "pallas_tiles":
-            return float8_matmul(x, weight, out_dtype or x.dtype)
+        return weight.kernels.pick("float8", x.dtype.name, tokens)
+    return kernels.pick("linear", x.dtype.name, tokens) if kernels else "products"
+
+
+def _product(x: jax.Array, weight: Matrix, out_dtype: DTypeLike) -> jax.Array:
+    """The plain XLA form."""
+    if isinstance(weight, BlockScaled):
         weight = weight.multiplied_out(x.dtype)
     common = jnp.promote_types(x.dtype, weight.dtype)
     # Written as a product with a transposed matrix, which XLA:CPU fuses into a matrix-vector product that
@@ -52,4 +98,4 @@ def linear(x: jax.Array, weight: Matrix, out_dtype: DTypeLike | None = None) -> 
         precision=lax.Precision.HIGHEST,  # float32 means float32, also on matrix units
         preferred_element_type=jnp.promote_types(common, jnp.float32),
     )
-    return product.astype(out_dtype or x.dtype)
+    return product.astype(out_dtype)

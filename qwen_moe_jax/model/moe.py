@@ -15,7 +15,7 @@ from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.experts import choose_experts
-from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.linear import linear, linears
 from qwen_moe_jax.model.params import DtypePolicy, MatrixHolder, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
 
@@ -37,12 +37,15 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     return ids, weights.astype(logits.dtype)
 
 
-def gated_mlp(x: jax.Array, gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
+def gated_mlp(
+    x: jax.Array, gate: Matrix, up: Matrix, down: Matrix, kernels: Kernels | None = None
+) -> jax.Array:
     """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x).
 
     x [tokens, hidden]; gate, up [intermediate, hidden]; down [hidden, intermediate] -> float32, like x.
     """
-    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down, jnp.float32)
+    gates, ups = linears(x, [gate, up], kernels=kernels)
+    return linear(jax.nn.silu(gates) * ups, down, jnp.float32, kernels=kernels)
 
 
 class Experts(MatrixHolder):
@@ -64,9 +67,9 @@ class SharedExpert(nnx.Module):
         self.up_proj = Weight((inner, hidden), dtypes.matrix)
         self.down_proj = Weight((hidden, inner), dtypes.matrix)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         """[tokens, hidden] -> float32 [tokens, hidden]."""
-        return gated_mlp(x, self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
+        return gated_mlp(x, self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix(), kernels)
 
 
 class SparseMoe(nnx.Module):
@@ -98,7 +101,7 @@ class SparseMoe(nnx.Module):
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """float32 [..., experts]: rounded to bfloat16, near ties would choose other experts."""
-        return linear(x, self.gate.weight[...], jnp.float32)
+        return linear(x, self.gate.weight[...], jnp.float32, kernels=self.kernels)
 
     def combine(
         self, x: jax.Array, ids: jax.Array, weights: jax.Array, *, ranks: int = 1, by_slot: bool = False
@@ -134,7 +137,9 @@ class SparseMoe(nnx.Module):
 
     def shared_weight(self, x: jax.Array) -> jax.Array:
         """The shared expert's gate, float32 [tokens, 1]."""
-        return jax.nn.sigmoid(linear(x, self.shared_expert_gate.weight[...], jnp.float32))
+        return jax.nn.sigmoid(
+            linear(x, self.shared_expert_gate.weight[...], jnp.float32, kernels=self.kernels)
+        )
 
     def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """The routed sum on one device, float32 [tokens, hidden]; pads get zero."""
@@ -143,7 +148,7 @@ class SparseMoe(nnx.Module):
     def shared(self, x: jax.Array) -> jax.Array:
         """The shared expert times its gate, float32 [tokens, hidden]: this rank's part, typed as such."""
         with jax.named_scope("shared_expert"):
-            return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x))
+            return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x, self.kernels))
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""

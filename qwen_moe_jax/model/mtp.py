@@ -58,6 +58,7 @@ class MtpHead(nnx.Module):
         self.dtypes = dtypes
         self.pre_fc_norm_embedding = Weight((hidden,), dtypes.vector)
         self.pre_fc_norm_hidden = Weight((hidden,), dtypes.vector)
+        self.kernels = kernels
         self.fc = Weight((hidden, 2 * hidden), dtypes.matrix)
         self.layers = nnx.List(
             [DecoderLayer(config, dtypes, kernels, FULL_ATTENTION, OneDevice(), fused=False)]
@@ -95,7 +96,8 @@ class MtpHead(nnx.Module):
             for x, norm in ((embedded, self.pre_fc_norm_embedding), (hidden, self.pre_fc_norm_hidden))
         )
         # The residual stream begins here; it is float32, as the text model's.
-        x = linear(jnp.concatenate(list(halves), axis=-1), self.fc.matrix(), jnp.float32)
+        pair = jnp.concatenate(list(halves), axis=-1)
+        x = linear(pair, self.fc.matrix(), jnp.float32, kernels=self.kernels)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.kernels.cpu.calls import native_rows
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 
@@ -17,18 +19,25 @@ if TYPE_CHECKING:
     from qwen_moe_jax.model.moe import SparseMoe
 
 
+def embedding_rows(table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
+    """Rows of a table [rows, hidden] for int32 [batch, seq] -> float32 [batch, seq, hidden]."""
+    if kernels.pick("embedding", table.dtype.name, tokens.size) == "native":
+        return native_rows(table, tokens, kernels.variant)
+    return table[tokens].astype(jnp.float32)
+
+
 class Ranks(Protocol):
     """The questions. Implementations are hashable, because they are part of the compiled program."""
 
-    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Rows of the embedding [vocab, hidden] for int32 [batch, seq] -> [batch, seq, hidden]."""
+    def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
+        """Rows of the embedding [vocab, hidden] for int32 [batch, seq] -> float32 [batch, seq, hidden]."""
         ...
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits over the rows of the output matrix held here -> over the vocabulary."""
         ...
 
-    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix, kernels: Kernels) -> jax.Array:
         """The last product of a token mixer, whose contracted dimension are the heads held here.
 
         [batch, seq, heads * dim] and [hidden, heads * dim] -> float32 [batch, seq, hidden], each rank's part.
@@ -56,17 +65,17 @@ class Ranks(Protocol):
 class OneDevice:
     """The answers where one device holds everything."""
 
-    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
         """A lookup."""
-        return table[tokens]
+        return embedding_rows(table, tokens, kernels)
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """The same."""
         return logits
 
-    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix, kernels: Kernels) -> jax.Array:
         """A product."""
-        return linear(x, weight, jnp.float32)
+        return linear(x, weight, jnp.float32, kernels=kernels)
 
     def sum_heads(self, part: jax.Array) -> jax.Array:
         """The same."""

@@ -100,7 +100,7 @@ def _seconds(layout: Layout, compute: jnp.dtype, kernels: Kernels) -> float:
         layout.config, num_hidden_layers=1, layer_types=layout.config.layer_types[:1]
     )
     layout = dataclasses.replace(layout, config=one_layer)
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels.target))
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     decoder = layout_decoder(layout, policy, kernels)
     targets = {name: t for name, t in layout.targets(policy).items() if ".mlp." in name}
     drawn = jax.jit(

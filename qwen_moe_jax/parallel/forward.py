@@ -36,7 +36,7 @@ class MeshForward:
         self._specs = {name: layout.spec(name, value.ndim) for name, value in parameters.items()}
         self._batch = PartitionSpec(layout.batch_axes or None)
         self._caches: dict[tuple[int, int], Any] = {}
-        self._kv_dtype = held_dtype(policy.compute, kernels.target)
+        self._kv_dtype = held_dtype(policy.compute, kernels)
 
     def hidden(
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.varying import unreduced_axes, varying_axes
@@ -52,12 +53,12 @@ def as_part(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.pcast(x, axes, to="unreduced") if axes else x
 
 
-def product_part(x: jax.Array, weight: Matrix, axes: Axes) -> jax.Array:
+def product_part(x: jax.Array, weight: Matrix, axes: Axes, kernels: Kernels | None = None) -> jax.Array:
     """x @ weight^T in float32, where the contracted dimension is divided among `axes`: a part of the product.
 
     x [..., inner held here] and weight [out, inner held here] -> float32 [..., out], unreduced over `axes`.
     """
-    return as_part(linear(x, weight, jnp.float32), axes)
+    return as_part(linear(x, weight, jnp.float32, kernels=kernels), axes)
 
 
 def divided_among(x: jax.Array, axes: Axes) -> jax.Array:

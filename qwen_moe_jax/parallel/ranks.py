@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.moe import SparseMoe
+from qwen_moe_jax.model.ranks import embedding_rows
 from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture
 from qwen_moe_jax.parallel.partial_sums import Axes, as_part, divided_among, gathered, product_part, total
 
@@ -43,23 +45,23 @@ class MeshRanks:
     exact: bool
     ragged: bool
 
-    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
         """Each token's row from the rank that holds it: one all-reduce, exact, since the others add zeros."""
         if not self.head_axes:
-            return table[tokens]
+            return embedding_rows(table, tokens, kernels)
         row = tokens - lax.axis_index(self.head_axes) * self.vocab_held
         here = (row >= 0) & (row < self.vocab_held)
-        found = table[jnp.clip(row, 0, self.vocab_held - 1)]
-        part = jnp.where(here[..., None], found.astype(jnp.float32), 0)
+        found = embedding_rows(table, jnp.clip(row, 0, self.vocab_held - 1), kernels)
+        part = jnp.where(here[..., None], found, 0)
         return total(as_part(part, self.head_axes), self.head_axes)
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Every rank's logits behind one another: one all-gather."""
         return gathered(logits, self.head_axes, logits.ndim - 1)[..., : self.vocab_size]
 
-    def head_product(self, x: jax.Array, weight: Matrix) -> jax.Array:
+    def head_product(self, x: jax.Array, weight: Matrix, kernels: Kernels) -> jax.Array:
         """The part of the heads held here, unreduced."""
-        return product_part(x, weight, self.head_axes)
+        return product_part(x, weight, self.head_axes, kernels)
 
     def sum_heads(self, part: jax.Array) -> jax.Array:
         """One all-reduce."""

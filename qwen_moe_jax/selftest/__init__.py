@@ -74,7 +74,7 @@ def selftest(
 
 def selftest_parts(folder: Path) -> list[Part]:
     """All of them, with those next to each other that need the same model."""
-    from qwen_moe_jax.kernels.table import Kernels
+    from qwen_moe_jax.kernels.table import make_kernels
     from qwen_moe_jax.kernels.target import current_target
     from qwen_moe_jax.selftest import kernel_checks, layouts, machine, measure, parity
     from qwen_moe_jax.selftest.models import Models
@@ -84,7 +84,7 @@ def selftest_parts(folder: Path) -> list[Part]:
     parts: list[Part] = [
         ("versions", machine.versions),
         ("devices", machine.devices),
-        ("table", partial(machine.table, Kernels(target))),
+        ("table", partial(machine.table, make_kernels(target))),
         ("bandwidth", measure.bandwidth),
         ("matmul", measure.matmul),
     ]

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_moe_jax.devices import Device
-from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.layout_check import check_layout
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import make_mesh
@@ -40,7 +40,7 @@ def _part(models: Models, dtype: str, *, expert: int = 1, tensor: int = 1, dispa
     def run() -> Outcome:
         models.free()
         mesh = make_mesh(expert=expert, tensor=tensor)
-        kernels = Kernels(models.target)
+        kernels = make_kernels(models.target)
         layout = Layout(
             models.config,
             mesh,

@@ -16,7 +16,7 @@ import numpy as np
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.configs import released_config
 from qwen_moe_jax.generation.forward import Parameters
-from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.moe import SparseMoe
@@ -155,7 +155,7 @@ def mixture(target: str) -> Outcome:
             f"a layer of {size / 1e9:.1f} GB does not fit beside what is in use of the device's memory"
         )
     parameters = _random(structs)
-    kernels = Kernels(target)
+    kernels = make_kernels(target)
     # a function of the parameters, as the engine has them; closed over, they would be constants
     run = jax.jit(
         lambda parameters, x: with_parameters(module, parameters)(x, jnp.ones(x.shape[:2], bool)),
@@ -197,8 +197,8 @@ def _layer(config: ModelConfig, target: str) -> tuple[SparseMoe, dict[str, jax.S
     """An abstract mixture of experts, and what its parameters are."""
     one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
     compute = jnp.dtype(jnp.bfloat16)
-    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, target))
-    module = abstract_decoder(one, policy, Kernels(target)).layers[0].mlp
+    policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, make_kernels(target)))
+    module = abstract_decoder(one, policy, make_kernels(target)).layers[0].mlp
     return module, named_parameters(module)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.kernels.table import AMD
+from qwen_moe_jax.kernels.table import AMD, make_kernels
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.selftest.expectations import Expectations, find_expectations
 from qwen_moe_jax.selftest.machine import memory_limit
@@ -62,7 +62,8 @@ class Models:
     def plain(self) -> str | dict[str, str]:
         """Kernels of plain XLA that are other programs than the table's: where the table has plain XLA only,
         every expert on every token."""
-        return "xla" if self.target in AMD else {"experts": "dense"}
+        kernels = make_kernels(self.target)
+        return "xla" if self.target in AMD or kernels.native else {"experts": "dense"}
 
     def load(self, dtype: str, which: str) -> "QwenMoe":
         """The model.
@@ -92,7 +93,7 @@ class Models:
 
     def _check_memory(self, dtype: str) -> None:
         limit = memory_limit(jax.local_devices()[0])
-        item = 1 if self.config.float8 else held_dtype(jnp.dtype(dtype), self.target).itemsize
+        item = 1 if self.config.float8 else held_dtype(jnp.dtype(dtype), make_kernels(self.target)).itemsize
         wanted = item * sum(prod(shape) for shape in parameter_shapes(self.config).values())
         if limit is not None and wanted > _FOR_WEIGHTS * limit:
             raise Skip(

@@ -1,0 +1,291 @@
+// Causal softmax attention over a key/value cache, with the new keys appended in place (online softmax:
+// Milakov & Gimelshein, arXiv:1805.02867). Scores stand as [key][query], so that a softmax runs along vectors of
+// queries, and the second product takes them as an MLP's does (panels.h).
+#pragma once
+#include "linear.h"
+
+struct Attention {
+  long batch, seq, heads, kv_heads, dim, capacity;
+  Type type, cache_type;
+  const char* query;     // [batch, seq, heads, dim]
+  const int* positions;  // [batch, seq]: a query sees slots 0 .. position
+  char *k, *v;           // [batch, capacity, kv_heads, dim]
+  char* out;             // as query
+
+  long group() const { return heads / kv_heads; }
+  long last(long b, long s) const { return std::min((long)positions[b * seq + s], capacity - 1); }
+  Matrix keys(long b, long head) const {
+    long stride = kv_heads * dim * size_of(cache_type);
+    return {k + b * capacity * stride + head * dim * size_of(cache_type), cache_type, capacity, dim, stride};
+  }
+  Matrix values(long b, long head) const {
+    Matrix m = keys(b, head);
+    m.data = v + ((const char*)m.data - k);
+    return m;
+  }
+};
+
+// New keys and values [batch, seq, kv_heads, dim] of a.type to their slots; one behind the capacity is dropped.
+inline void append_keys(const Attention& a, const char* key, const char* value, const int* slots) {
+  long width = a.kv_heads * a.dim, from_size = size_of(a.type), to_size = size_of(a.cache_type);
+  for (long b = 0; b < a.batch; b++)
+    for (long s = 0; s < a.seq; s++) {
+      long slot = slots[b * a.seq + s];
+      if (slot < 0 || slot >= a.capacity) continue;
+      for (int both = 0; both < 2; both++) {
+        const char* from = (both ? value : key) + (b * a.seq + s) * width * from_size;
+        char* to = (both ? a.v : a.k) + (b * a.capacity + slot) * width * to_size;
+        if (a.type == a.cache_type) memcpy(to, from, width * to_size);
+        else if (a.type == Type::F32) write_row((const float*)from, width, Type::BF16, to);
+        else
+          for (long i = 0; i < width; i++) ((float*)to)[i] = from_bf16(((const uint16_t*)from)[i]);
+      }
+    }
+}
+
+// Keys looked at together, and most queries (seq x group) of a task.
+constexpr long KEYS = 128, QUERIES = 128;
+constexpr float NOTHING = -1e30f;  // below every score, and its differences are finite
+
+// What a task knows of its queries so far; queries are columns.
+struct Softmax {
+  alignas(64) float top[QUERIES], total[QUERIES], correction[QUERIES], last[QUERIES];
+
+  void start(long queries) {
+    for (long q = 0; q < queries; q++) top[q] = NOTHING, total[q] = 0;
+  }
+  // scores [keys][ldc] of keys first .. first + count -> weights, in place
+  void weigh(float* scores, long ldc, long first, long count, float scale) {
+    for (long q = 0; q < ldc; q += LANES) {
+      Floats limit = load<Floats>(last + q), old = load<Floats>(top + q), most = old;
+      for (long k = 0; k < count; k++) {
+        Floats s = load<Floats>(scores + k * ldc + q) * scale;
+        s = limit < (float)(first + k) ? splat(-INFINITY) : s;
+        store(scores + k * ldc + q, s);
+        most = s > most ? s : most;
+      }
+      Floats sum = {};
+      for (long k = 0; k < count; k++) {
+        Floats w = exponential(load<Floats>(scores + k * ldc + q) - most);
+        store(scores + k * ldc + q, w);
+        sum += w;
+      }
+      Floats shrink = exponential(old - most);
+      store(top + q, most);
+      store(correction + q, shrink);
+      store(total + q, load<Floats>(total + q) * shrink + sum);
+    }
+  }
+};
+
+// out[q][dim] += sum_k weights[k][ldc] * value[k][dim], for up to 8 queries; `out` holds, for bfloat16, first
+// elements of pairs and second ones apart as LANES each.
+template <bool PAIRS>
+inline void add_values(const Matrix& v, long first, long count, const float* weights, long ldc, long queries,
+                       float* out, long stride) {
+  constexpr long WIDE = 2 * LANES, SIZE = PAIRS ? 2 : 4;
+  for (long d = 0; d < v.columns; d += WIDE) {
+    Floats total[8][2];
+    for (long q = 0; q < queries; q++)
+      for (int i = 0; i < 2; i++) total[q][i] = load<Floats>(out + q * stride + d + i * LANES);
+    bool whole = d + WIDE <= v.columns;
+    for (long k = 0; k < count; k++) {
+      const char* row = v.row(first + k) + d * SIZE;
+      Floats part[2];
+      alignas(64) char padded[WIDE * SIZE];
+      if (!whole) {
+        memset(padded, 0, sizeof padded);
+        memcpy(padded, row, (v.columns - d) * SIZE);
+        row = padded;
+      }
+      if (PAIRS) {
+        Words pairs = load<Words>(row);
+        part[0] = first_of_pair(pairs), part[1] = second_of_pair(pairs);
+      } else {
+        part[0] = load<Floats>(row), part[1] = load<Floats>(row + 4 * LANES);
+      }
+#pragma GCC unroll 8
+      for (long q = 0; q < 8; q++) {
+        if (q >= queries) break;
+        total[q][0] += weights[k * ldc + q] * part[0];
+        total[q][1] += weights[k * ldc + q] * part[1];
+      }
+    }
+    for (long q = 0; q < queries; q++)
+      for (int i = 0; i < 2; i++) store(out + q * stride + d + i * LANES, total[q][i]);
+  }
+}
+
+// Few queries a key head (decode): keys are divided among tasks, whose results are merged.
+inline void attend_few(Pool& pool, const Attention& a) {
+  constexpr long SPAN = 1024;  // keys of a task
+  long group = a.group(), queries = a.seq * group, padded = round_up(a.dim, 2 * LANES);
+  long longest = 0;
+  for (long i = 0; i < a.batch * a.seq; i++) longest = std::max(longest, a.last(0, i) + 1);
+  long spans = (longest + SPAN - 1) / SPAN, tasks = a.batch * a.kv_heads * spans;
+  bool pairs = a.cache_type == Type::BF16;
+  // of a task: each query's sum, then its top and total
+  long record = queries * (padded + 2);
+  Workspace memory(4 * record * tasks + 64);
+  float* records = memory.as<float>();
+  pool.run(tasks, [&](long task) {
+    long head = task / spans % a.kv_heads, b = task / spans / a.kv_heads, begin = task % spans * SPAN;
+    float *sums = records + task * record, *tops = sums + queries * padded, *totals = tops + queries;
+    std::fill(sums, sums + record, 0.f);
+    std::fill(tops, tops + queries, NOTHING);
+    Softmax softmax;
+    long end = 0, ldc = round_up(queries, LANES);
+    int rows[16];
+    for (long q = 0; q < ldc; q++) {
+      long s = std::min(q, queries - 1) / group;
+      softmax.last[q] = (float)a.last(b, s);
+      end = std::max(end, a.last(b, s) + 1);
+      if (q < queries) rows[q] = (int)((b * a.seq + s) * a.heads + head * group + q % group);
+    }
+    end = std::min(end, begin + SPAN);
+    if (begin >= end) return;
+    Tiles tiles;
+    softmax.start(ldc);
+    Matrix k = a.keys(b, head), v = a.values(b, head);
+    static thread_local std::vector<char> packed;
+    size_t bytes = Operand::bytes(choose_way(queries, k, a.type), queries, a.dim) + 64;
+    if (packed.size() < bytes) packed.resize(bytes);
+    Operand x = operand(queries, k, a.type, (char*)round_up((long)packed.data(), 64));
+    for (long q = 0; q < queries; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
+    float* scores = PanelScratch::mine().c[0];
+    for (long first = begin; first < end; first += KEYS) {
+      long count = std::min(KEYS, end - first);
+      for (long p = 0; p < count; p += PANEL)
+        multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
+      for (long i = 0; i < count; i++)  // columns that no query has
+        for (long q = queries; q < ldc; q++) scores[i * ldc + q] = 0;
+      softmax.weigh(scores, ldc, first, count, 1 / sqrtf((float)a.dim));
+      for (long q = 0; q < queries; q++)
+        for (long d = 0; d < padded; d++) sums[q * padded + d] *= softmax.correction[q];
+      for (long q = 0; q < queries; q += 8) {
+        long some = std::min(8L, queries - q);
+        if (pairs) add_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+        else add_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+      }
+    }
+    for (long q = 0; q < queries; q++) tops[q] = softmax.top[q], totals[q] = softmax.total[q];
+  });
+  pool.run(a.batch * a.kv_heads, [&](long i) {
+    long head = i % a.kv_heads, b = i / a.kv_heads;
+    std::vector<float> sum(padded);
+    for (long q = 0; q < queries; q++) {
+      float top = NOTHING, total = 0;
+      for (long s = 0; s < spans; s++) top = std::max(top, records[(i * spans + s) * record + queries * padded + q]);
+      std::fill(sum.begin(), sum.end(), 0.f);
+      for (long s = 0; s < spans; s++) {
+        const float* from = records + (i * spans + s) * record;
+        const float* tops = from + queries * padded;
+        if (tops[queries + q] == 0) continue;  // saw no key
+        float share = expf(tops[q] - top);
+        total += share * tops[queries + q];
+        for (long d = 0; d < padded; d++) sum[d] += share * from[q * padded + d];
+      }
+      char* out = a.out + ((b * a.seq + q / group) * a.heads + head * group + q % group) * a.dim * size_of(a.type);
+      for (long d = 0; d < a.dim; d++) {
+        long within = d % (2 * LANES), place = pairs ? d - within + within / 2 + (within % 2 ? LANES : 0) : d;
+        float x = sum[place] / total;
+        if (a.type == Type::F32) ((float*)out)[d] = x;
+        else ((uint16_t*)out)[d] = to_bf16(x);
+      }
+    }
+  });
+}
+
+// Many queries a key head (prefill): queries are divided among tasks, values transposed once for all of them.
+inline void attend_many(Pool& pool, const Attention& a) {
+  long group = a.group(), at_once = std::max(1L, QUERIES / group), blocks = (a.seq + at_once - 1) / at_once;
+  if (group > QUERIES) at_once = 0;  // cannot be: the caller looks
+  long longest = 0;
+  for (long i = 0; i < a.batch * a.seq; i++) longest = std::max(longest, a.last(0, i) + 1);
+  long columns = round_up(longest, KEYS), size = size_of(a.cache_type), heads = a.batch * a.kv_heads;
+  long one = a.dim * columns * size;
+  Workspace transposed(heads * one + 64);
+  long parts = columns / KEYS;
+  pool.run(heads * parts, [&](long task) {  // values [key][dim] -> [dim][key], zeros behind the last key
+    long i = task / parts, first = task % parts * KEYS;
+    Matrix v = a.values(i / a.kv_heads, i % a.kv_heads);
+    char* to = transposed.as<char>() + i * one;
+    long end = std::min(longest, first + KEYS);
+    for (long d = 0; d < a.dim; d += 16) {
+      long wide = std::min(16L, a.dim - d);
+      for (long key = first; key < first + KEYS; key++)
+        for (long j = 0; j < wide; j++) {
+          char* place = to + ((d + j) * columns + key) * size;
+          if (key >= end) memset(place, 0, size);
+          else memcpy(place, v.row(key) + (d + j) * size, size);
+        }
+    }
+  });
+  pool.run(heads * blocks, [&](long task) {
+    // the last queries see the most keys, so they are first
+    long i = task % heads, block = blocks - 1 - task / heads, b = i / a.kv_heads, head = i % a.kv_heads;
+    long begin = block * at_once, tokens = std::min(at_once, a.seq - begin), queries = tokens * group;
+    long ldc = round_up(queries, LANES), end = 0;
+    Softmax softmax;
+    int rows[QUERIES];
+    for (long q = 0; q < ldc; q++) {
+      long s = begin + std::min(q, queries - 1) / group;
+      softmax.last[q] = (float)a.last(b, s);
+      end = std::max(end, a.last(b, s) + 1);
+      if (q < queries) rows[q] = (int)((b * a.seq + s) * a.heads + head * group + q % group);
+    }
+    softmax.start(ldc);
+    Tiles tiles;
+    Matrix k = a.keys(b, head);
+    Matrix v{transposed.as<char>() + i * one, a.cache_type, a.dim, columns, columns * size};
+    static thread_local std::vector<char> packed;
+    Way way = choose_way(queries, k, a.type);
+    long bytes = round_up(Operand::bytes(way, queries, a.dim), 64);
+    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64), sum_bytes = 4 * round_up(a.dim, PANEL) * ldc;
+    if ((long)packed.size() < bytes + weight_bytes + sum_bytes + 64) packed.resize(bytes + weight_bytes + sum_bytes + 64);
+    char* memory = (char*)round_up((long)packed.data(), 64);
+    Operand x = operand(queries, k, a.type, memory);
+    for (long q = 0; q < queries; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
+    float* sums = (float*)(memory + bytes + weight_bytes);  // [dim][ldc]
+    std::fill(sums, sums + a.dim * ldc, 0.f);
+    float *scores = PanelScratch::mine().c[0], *part = PanelScratch::mine().c[1];
+    for (long first = 0; first < end; first += KEYS) {
+      long count = std::min(KEYS, end - first);
+      for (long p = 0; p < count; p += PANEL)
+        multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
+      softmax.weigh(scores, ldc, first, count, 1 / sqrtf((float)a.dim));
+      long even = round_up(count, 2);
+      if (even > count) std::fill(scores + count * ldc, scores + even * ldc, 0.f);
+      Operand weights{way, queries, even, x.pairs, memory + bytes};
+      clear_padding(weights);
+      for (long p = 0; p < even; p += 2) put_pair(weights, p, scores + p * ldc, scores + (p + 1) * ldc);
+      Matrix some = v;
+      some.data = (const char*)v.data + first * size;
+      some.columns = even;
+      for (long d = 0; d < a.dim; d += PANEL) {
+        long wide = std::min(PANEL, a.dim - d);
+        multiply_panel(some, d, wide, weights, part, ldc);
+        for (long r = 0; r < wide; r++)
+          for (long q = 0; q < ldc; q += LANES) {
+            float* sum = sums + (d + r) * ldc + q;
+            Floats old = load<Floats>(sum) * load<Floats>(softmax.correction + q);
+            store(sum, old + load<Floats>(part + r * ldc + q));
+          }
+      }
+    }
+    for (long q = 0; q < queries; q++) {
+      char* out = a.out + rows[q] * a.dim * size_of(a.type);
+      float inverse = 1 / softmax.total[q];
+      for (long d = 0; d < a.dim; d++) {
+        float value = sums[d * ldc + q] * inverse;
+        if (a.type == Type::F32) ((float*)out)[d] = value;
+        else ((uint16_t*)out)[d] = to_bf16(value);
+      }
+    }
+  });
+}
+
+inline void attend(Pool& pool, const Attention& a) {
+  if (a.seq * a.group() <= 16) attend_few(pool, a);
+  else attend_many(pool, a);
+}

@@ -1,0 +1,161 @@
+"""The C++ kernels as functions of arrays, with the signatures of the plain XLA forms."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qwen_moe_jax.kernels.cpu.build import load
+from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.model.varying import vary_like, varying_axes
+
+
+def native_rows(table: jax.Array, ids: jax.Array, variant: str) -> jax.Array:
+    """Rows of an embedding. XLA:CPU widens a whole bfloat16 table to look up one row.
+
+    Args:
+        table: [rows, hidden], float32 or bfloat16.
+        ids: int32 [...]; outside of the table, the nearest row.
+        variant: of the library.
+
+    Returns:
+        float32 [..., hidden].
+    """
+    result = jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), jnp.float32)
+    return _call(variant, "rows", (table, ids), [result])[0]
+
+
+def native_linears(
+    x: jax.Array, weights: Sequence[Matrix], out_dtypes: Sequence[DTypeLike], variant: str
+) -> list[jax.Array]:
+    """x @ weight^T for each weight, accumulated in float32 and rounded once.
+
+    Args:
+        x: [..., in], float32 or bfloat16. Never rounded.
+        weights: [out, in], float32, bfloat16, or float8 with block scales, which is multiplied out as it is
+            read and, beside bfloat16 activations, rounded to bfloat16.
+        out_dtypes: of the results, float32 or bfloat16.
+        variant: of the library.
+
+    Returns:
+        [..., out] each.
+    """
+    operands, results, blocks = [x], [], []
+    for weight, dtype in zip(weights, out_dtypes, strict=True):
+        values, scales, block = _parts(weight)
+        operands += [values, scales]
+        results.append(jax.ShapeDtypeStruct((*x.shape[:-1], values.shape[0]), dtype))
+        blocks += block
+    return _call(variant, "linear", tuple(operands), results, blocks=np.asarray(blocks, np.int64))
+
+
+def native_experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: Matrix,
+    down: Matrix,
+    *,
+    variant: str,
+    by_slot: bool = False,
+) -> jax.Array:
+    """The routed experts; arguments and result as of `model/experts.py`."""
+    up_values, up_scales, up_block = _parts(gate_up)
+    down_values, down_scales, down_block = _parts(down)
+    shape = (*expert_ids.shape, x.shape[1]) if by_slot else x.shape
+    return _call(
+        variant,
+        "experts",
+        (x, expert_ids, weights, up_values, up_scales, down_values, down_scales),
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        up_block_rows=up_block[0],
+        up_block_columns=up_block[1],
+        down_block_rows=down_block[0],
+        down_block_columns=down_block[1],
+        by_slot=by_slot,
+    )[0]
+
+
+def native_delta_step(
+    state: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    variant: str,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of the gated delta rule, as `delta_rule_step`, in float32.
+
+    Args:
+        state: [batch, heads, Dk, Dv], whose memory the new one takes over.
+        query, key: [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
+        value: [batch, heads, Dv].
+        g, beta: [batch, heads].
+        variant: of the library.
+
+    Returns:
+        (output [batch, heads, Dv], new state).
+    """
+    operands = (state, *(x.astype(jnp.float32) for x in (query, key, value, g, beta)))
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (value, state)]
+    output, state = _call(variant, "delta_step", operands, results, aliases={0: 1})
+    return output, state
+
+
+def native_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array,
+    cache: KVCache,
+    variant: str,
+) -> tuple[jax.Array, KVCache]:
+    """New keys and values to their slots of the cache, then causal attention over it.
+
+    Args:
+        query: [batch, seq, heads, head_dim], float32 or bfloat16.
+        key, value: [batch, seq, kv_heads, head_dim], of query's dtype.
+        positions: int32 [batch, seq]; a query sees slots 0 .. position.
+        slots: int32 [batch, seq]; a slot at or beyond the capacity drops its token.
+        cache: float32 or bfloat16, whose memory the new one takes over.
+        variant: of the library.
+
+    Returns:
+        ([batch, seq, heads, head_dim] in query.dtype, the cache). Products accumulate and the softmax runs in
+        float32; beside a bfloat16 cache, many queries' weights are rounded to bfloat16.
+    """
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, cache.k, cache.v)]
+    operands = (query, key, value, positions, slots, cache.k, cache.v)
+    mixed, k, v = _call(variant, "attention", operands, results, aliases={5: 1, 6: 2})
+    return mixed, KVCache(k=k, v=v)
+
+
+def _parts(weight: Matrix) -> tuple[jax.Array, jax.Array, tuple[int, int]]:
+    """Values, scales (of one element where there are none) and their block."""
+    if isinstance(weight, BlockScaled):
+        return weight.values, weight.scales, weight.block
+    return weight, jnp.zeros((1, 1), jnp.float32), (1, 1)
+
+
+def _call(
+    variant: str,
+    operation: str,
+    operands: tuple[jax.Array, ...],
+    results: list[jax.ShapeDtypeStruct],
+    aliases: dict[int, int] | None = None,
+    **attributes: int | bool | np.ndarray,
+) -> list[jax.Array]:
+    # Results differ wherever an operand does, and JAX wants all operands typed alike.
+    operands = tuple(vary_like(x, *operands) for x in operands)
+    varying = jax.sharding.ManualAxisType(varying=varying_axes(operands[0]))
+    call = jax.ffi.ffi_call(
+        load(variant).target(operation),
+        [jax.ShapeDtypeStruct(r.shape, r.dtype, manual_axis_type=varying) for r in results],
+        input_output_aliases=aliases,
+    )
+    return list(call(*operands, **attributes))

@@ -1,0 +1,158 @@
+// The routed experts of a layer: slots sorted by expert, each group through its expert's two products.
+#pragma once
+#include "linear.h"
+
+struct Experts {
+  const char* x;  // [tokens, hidden] of `type`
+  Type type;
+  const int* ids;        // [tokens, slots], `count` meaning none
+  const float* weights;  // [tokens, slots]
+  long tokens, slots, count;
+  Matrix gate_up, down;  // of expert 0; the others follow, [2 * inner, hidden] and [hidden, inner]
+  bool by_slot;
+  float* out;  // [tokens, hidden], or [tokens, slots, hidden]
+};
+
+// Slots of one expert that are computed together.
+struct Group {
+  long expert, first, count;  // the slots are order[first .. first + count)
+  size_t inner;               // where their hidden activations begin, in bytes
+};
+
+inline Matrix expert_of(const Matrix& stack, long e) {
+  Matrix one = stack;
+  one.data = stack.row(e * stack.rows);
+  long down = (stack.rows + stack.block_rows - 1) / stack.block_rows;
+  if (stack.scales) one.scales = stack.scales + e * down * stack.scales_across();
+  return one;
+}
+
+// Slots that have an expert, sorted by it and within one by token.
+inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) {
+  long all = e.tokens * e.slots;
+  std::vector<long> begin(e.count + 1, 0);
+  for (long s = 0; s < all; s++)
+    if (e.ids[s] >= 0 && e.ids[s] < e.count) begin[e.ids[s] + 1]++;
+  for (long i = 0; i < e.count; i++) begin[i + 1] += begin[i];
+  std::vector<int> order(begin[e.count]);
+  std::vector<long> next(begin.begin(), begin.end() - 1);
+  for (long s = 0; s < all; s++)
+    if (e.ids[s] >= 0 && e.ids[s] < e.count) order[next[e.ids[s]]++] = (int)s;
+  // a group is no larger than a panel's tokens, and small enough that a few threads share the largest
+  constexpr long MOST = 128;
+  size_t inner = 0;
+  for (long i = 0; i < e.count; i++)
+    for (long s = begin[i]; s < begin[i + 1]; s += MOST) {
+      Group group{i, s, std::min(MOST, begin[i + 1] - s), inner};
+      inner += round_up(Operand::bytes(choose_way(group.count, e.down, e.type), group.count, e.down.columns), 64);
+      found.push_back(group);
+    }
+  return order;
+}
+
+inline float rounded(float x, Type type) { return type == Type::F32 ? x : from_bf16(to_bf16(x)); }
+inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
+
+// silu(gate) * up, each rounded where the model's dtype rounds; `count` a multiple of LANES, in place of gate.
+inline void activate(float* gate, const float* up, long count, Type type) {
+  for (long i = 0; i < count; i += LANES) {
+    Floats g = rounded(load<Floats>(gate + i), type), u = rounded(load<Floats>(up + i), type);
+    store(gate + i, rounded(rounded(silu(g), type) * u, type));
+  }
+}
+
+inline void run_experts(Pool& pool, const Experts& e) {
+  std::vector<Group> found;
+  std::vector<int> order = sort_slots(e, found);
+  long inner = e.down.columns, hidden = e.down.rows, all = (long)order.size(), size = size_of(e.type);
+  std::vector<int> rows(all);  // of x
+  for (long s = 0; s < all; s++) rows[s] = (int)(order[s] / e.slots);
+  size_t inner_bytes = 64;
+  if (!found.empty()) {
+    const Group& last = found.back();
+    inner_bytes += last.inner + Operand::bytes(choose_way(last.count, e.down, e.type), last.count, inner);
+  }
+  Workspace inner_memory(inner_bytes), slot_memory(all * hidden * size + 64);
+  char* slot_outputs = slot_memory.as<char>();  // [sorted slot, hidden], rounded
+  auto inner_of = [&](const Group& g) {
+    Operand o = operand(g.count, e.down, e.type, inner_memory.as<char>() + g.inner);
+    return o;
+  };
+  // enough tasks for every thread to have some, each a run of panels of one group
+  long wanted = 4 * pool.workers(), groups_found = std::max(1L, (long)found.size());
+  long parts = (wanted + groups_found - 1) / groups_found;
+  auto share = [&](long panels, long part, long& begin, long& end) {
+    begin = panels * part / parts;
+    end = panels * (part + 1) / parts;
+  };
+
+  long up_panels = (inner + PANEL - 1) / PANEL;
+  pool.run((long)found.size() * parts, [&](long task) {
+    const Group& g = found[task / parts];
+    long begin, end;
+    share(up_panels, task % parts, begin, end);
+    if (begin == end) return;
+    Tiles tiles;
+    PanelScratch& scratch = PanelScratch::mine();
+    Matrix gate_up = expert_of(e.gate_up, g.expert);
+    static thread_local std::vector<char> packed;
+    size_t bytes = Operand::bytes(choose_way(g.count, gate_up, e.type), g.count, gate_up.columns) + 64;
+    if (packed.size() < bytes) packed.resize(bytes);
+    Operand x = operand(g.count, gate_up, e.type, (char*)round_up((long)packed.data(), 64));
+    for (long t = 0; t < g.count; t += Operand::group(x.way)) pack_group(x, e.x, e.type, &rows[g.first], t);
+    Operand to = inner_of(g);
+    if (end == up_panels) clear_padding(to);
+    long ldc = round_up(g.count, LANES);
+    float *gate = scratch.c[0], *up = scratch.c[1];
+    for (long p = begin; p < end; p++) {
+      long first = p * PANEL, count = std::min(PANEL, inner - first);
+      multiply_panel(gate_up, first, count, x, gate, ldc);
+      multiply_panel(gate_up, inner + first, count, x, up, ldc);
+      activate(gate, up, count * ldc, e.type);
+      for (long r = 0; r < count; r += 2)
+        put_pair(to, first + r, gate + r * ldc, r + 1 < count ? gate + (r + 1) * ldc : nullptr);
+    }
+  });
+
+  long down_panels = (hidden + PANEL - 1) / PANEL;
+  pool.run((long)found.size() * parts, [&](long task) {
+    const Group& g = found[task / parts];
+    long begin, end;
+    share(down_panels, task % parts, begin, end);
+    if (begin == end) return;
+    Tiles tiles;
+    PanelScratch& scratch = PanelScratch::mine();
+    Matrix down = expert_of(e.down, g.expert);
+    Operand x = inner_of(g);
+    long ldc = round_up(g.count, LANES);
+    for (long p = begin; p < end; p++) {
+      long first = p * PANEL, count = std::min(PANEL, hidden - first);
+      multiply_panel(down, first, count, x, scratch.c[0], ldc);
+      transpose_panel(scratch.c[0], ldc, g.count, scratch.c[1]);
+      for (long t = 0; t < g.count; t++)
+        write_row(scratch.c[1] + t * PANEL, count, e.type, slot_outputs + ((g.first + t) * hidden + first) * size);
+    }
+  });
+
+  // every token's slots, in their order
+  std::vector<int> place(e.tokens * e.slots, -1);
+  for (long s = 0; s < all; s++) place[order[s]] = (int)s;
+  long at_once = std::max(1L, 65536 / (e.slots * hidden));
+  pool.run((e.tokens + at_once - 1) / at_once, [&](long task) {
+    for (long t = task * at_once; t < std::min(e.tokens, (task + 1) * at_once); t++) {
+      float* out = e.out + t * hidden * (e.by_slot ? e.slots : 1);
+      memset(out, 0, 4 * hidden * (e.by_slot ? e.slots : 1));
+      for (long s = 0; s < e.slots; s++) {
+        long slot = place[t * e.slots + s];
+        float weight = e.weights[t * e.slots + s];
+        float* to = out + (e.by_slot ? s * hidden : 0);
+        if (slot < 0) continue;
+        const char* from = slot_outputs + slot * hidden * size;
+        if (e.type == Type::F32)
+          for (long i = 0; i < hidden; i++) to[i] += weight * ((const float*)from)[i];
+        else
+          for (long i = 0; i < hidden; i++) to[i] += weight * from_bf16(((const uint16_t*)from)[i]);
+      }
+    }
+  });
+}

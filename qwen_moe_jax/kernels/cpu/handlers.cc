@@ -1,0 +1,228 @@
+// What XLA calls: arguments checked and handed on.
+#include "attention.h"
+#include "delta.h"
+#include "experts.h"
+#include "linear.h"
+#include "pool.h"
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+// Everything else is hidden: several variants of this library may be loaded at once.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+EXPORTED XLA_FFI_Error* qwen_moe_jax_rows(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_linear(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_experts(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_step(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
+
+// Whether this library may run here; asks the kernel for the tile registers where it uses them.
+EXPORTED int qwen_moe_jax_ready() {
+#if defined(__AMX_BF16__)
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return 1;
+#endif
+}
+
+static bool type_of(const ffi::AnyBuffer& buffer, Type& type) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: type = Type::F32; return true;
+    case ffi::DataType::BF16: type = Type::BF16; return true;
+    case ffi::DataType::F8E4M3FN: type = Type::F8; return true;
+    default: return false;
+  }
+}
+
+static ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(std::string("qwen_moe_jax: ") + what); }
+
+// The last two dimensions of an array are a matrix; `scales` are read of float8 only.
+static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int64_t block_rows, int64_t block_columns,
+                      bool round, Matrix& matrix) {
+  auto shape = w.dimensions();
+  if (shape.size() < 2 || !type_of(w, matrix.type)) return false;
+  matrix.data = w.untyped_data();
+  matrix.rows = shape[shape.size() - 2];
+  matrix.columns = shape[shape.size() - 1];
+  matrix.stride = matrix.columns * size_of(matrix.type);
+  if (matrix.type != Type::F8) return true;
+  auto blocks = scales.dimensions();
+  matrix.scales = (const float*)scales.untyped_data();
+  matrix.block_rows = block_rows;
+  matrix.block_columns = block_columns;
+  matrix.round = round;
+  return scales.element_type() == ffi::DataType::F32 && blocks.size() == shape.size() && block_rows > 0 &&
+         block_columns > 0 && blocks[blocks.size() - 2] * block_rows >= matrix.rows &&
+         blocks[blocks.size() - 1] == matrix.scales_across();
+}
+
+// Rows of a table, widened; an id outside of it takes the nearest one, as XLA's lookup does.
+static ffi::Error Rows(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  Matrix matrix;
+  if (!matrix_of(table, table, 1, 1, false, matrix) || matrix.type == Type::F8) return wrong("rows: the table");
+  for (size_t i = 0; i < ids.element_count(); i++) {
+    long row = std::clamp((long)ids.typed_data()[i], 0L, matrix.rows - 1);
+    widen(matrix, row, 0, matrix.columns, matrix.columns, out->typed_data() + i * matrix.columns);
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_rows, Rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// Matrices and their scales in turns; for each one a result and two numbers of `blocks`.
+static ffi::Error Linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArgs matrices,
+                         ffi::RemainingRets results, ffi::Span<const int64_t> blocks) {
+  Type x_type;
+  if (!type_of(x, x_type) || x_type == Type::F8) return wrong("linear: x is float32 or bfloat16");
+  if (matrices.size() != 2 * results.size() || blocks.size() != 2 * results.size() || results.size() == 0)
+    return wrong("linear: a result, scales and a block for each matrix");
+  std::vector<Product> products;
+  for (size_t i = 0; i < results.size(); i++) {
+    auto w = matrices.get<ffi::AnyBuffer>(2 * i), scales = matrices.get<ffi::AnyBuffer>(2 * i + 1);
+    auto out = results.get<ffi::AnyBuffer>(i);
+    if (!w || !scales || !out) return wrong("linear: arguments");
+    Product product;
+    if (!matrix_of(*w, *scales, blocks[2 * i], blocks[2 * i + 1], x_type == Type::BF16, product.w))
+      return wrong("linear: a matrix");
+    if (x.dimensions().back() != product.w.columns) return wrong("linear: x and a matrix do not fit");
+    if (!type_of(**out, product.type) || product.type == Type::F8) return wrong("linear: dtype of a result");
+    product.out = (char*)(*out)->untyped_data();
+    products.push_back(product);
+  }
+  Pool pool(threads);
+  long depth = products[0].w.columns, tokens = depth ? x.element_count() / depth : 0;
+  if (tokens) linear(pool, (const char*)x.untyped_data(), x_type, tokens, products);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_linear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("blocks"));
+
+static ffi::Error ExpertLayer(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> ids,
+                              ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up, ffi::AnyBuffer up_scales,
+                              ffi::AnyBuffer down, ffi::AnyBuffer down_scales, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                              int64_t up_block_rows, int64_t up_block_columns, int64_t down_block_rows,
+                              int64_t down_block_columns, bool by_slot) {
+  Experts e;
+  if (!type_of(x, e.type) || e.type == Type::F8) return wrong("experts: x is float32 or bfloat16");
+  bool round = e.type == Type::BF16;
+  if (!matrix_of(gate_up, up_scales, up_block_rows, up_block_columns, round, e.gate_up) ||
+      !matrix_of(down, down_scales, down_block_rows, down_block_columns, round, e.down))
+    return wrong("experts: matrices");
+  e.x = (const char*)x.untyped_data();
+  e.ids = ids.typed_data();
+  e.weights = weights.typed_data();
+  e.tokens = x.dimensions()[0];
+  e.slots = ids.dimensions()[1];
+  e.count = gate_up.dimensions()[0];
+  e.by_slot = by_slot;
+  e.out = out->typed_data();
+  if (x.dimensions()[1] != e.gate_up.columns || e.gate_up.rows != 2 * e.down.columns ||
+      e.down.rows != e.gate_up.columns || down.dimensions()[0] != e.count || ids.dimensions()[0] != e.tokens)
+    return wrong("experts: shapes");
+  Pool pool(threads);
+  run_experts(pool, e);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("up_block_rows")
+                                  .Attr<int64_t>("up_block_columns")
+                                  .Attr<int64_t>("down_block_rows")
+                                  .Attr<int64_t>("down_block_columns")
+                                  .Attr<bool>("by_slot"));
+
+using Float32s = ffi::Buffer<ffi::F32>;
+
+static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s state, Float32s query, Float32s key, Float32s value,
+                            Float32s g, Float32s beta, ffi::Result<Float32s> out, ffi::Result<Float32s> new_state) {
+  auto shape = state.dimensions();
+  if (shape.size() != 4 || key.dimensions().size() != 3 || shape[1] % key.dimensions()[1])
+    return wrong("delta_step: shapes");
+  Pool pool(threads);
+  delta_step(pool, {shape[0], shape[1], key.dimensions()[1], shape[2], shape[3], state.typed_data(),
+                    query.typed_data(), key.typed_data(), value.typed_data(), g.typed_data(), beta.typed_data(),
+                    out->typed_data(), new_state->typed_data()});
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Ret<Float32s>()
+                                  .Ret<Float32s>());
+
+static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                         ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots, ffi::AnyBuffer k,
+                         ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_k,
+                         ffi::Result<ffi::AnyBuffer> new_v) {
+  Attention a;
+  auto shape = query.dimensions(), cache = k.dimensions();
+  Type key_type, value_type;
+  if (!type_of(query, a.type) || a.type == Type::F8 || !type_of(k, a.cache_type) || a.cache_type == Type::F8)
+    return wrong("attention: queries and cache are float32 or bfloat16");
+  if (!type_of(key, key_type) || !type_of(value, value_type) || key_type != a.type || value_type != a.type ||
+      v.element_type() != k.element_type())
+    return wrong("attention: keys and values are of the queries' dtype, and both caches of one");
+  if (shape.size() != 4 || cache.size() != 4 || shape[2] % cache[2] || shape[3] != cache[3])
+    return wrong("attention: shapes");
+  a.batch = shape[0], a.seq = shape[1], a.heads = shape[2], a.dim = shape[3];
+  a.capacity = cache[1], a.kv_heads = cache[2];
+  a.query = (const char*)query.untyped_data();
+  a.positions = positions.typed_data();
+  a.out = (char*)out->untyped_data();
+  a.k = (char*)new_k->untyped_data();
+  a.v = (char*)new_v->untyped_data();
+  // XLA lets both share their memory with the arguments, as it is told to
+  if (a.k != k.untyped_data()) memcpy(a.k, k.untyped_data(), k.size_bytes());
+  if (a.v != v.untyped_data()) memcpy(a.v, v.untyped_data(), v.size_bytes());
+  append_keys(a, (const char*)key.untyped_data(), (const char*)value.untyped_data(), slots.typed_data());
+  Pool pool(threads);
+  attend(pool, a);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_attention, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

@@ -1,0 +1,117 @@
+// Vectors as the compiler's own extension writes them, so that one source is AVX-512, AVX2, SSE and NEON.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+constexpr long LANES = VECTOR_BYTES / 4;
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline float sum(Floats v) {
+  float parts[LANES], total[4] = {};
+  store(parts, v);
+  for (long i = 0; i < LANES; i++) total[i % 4] += parts[i];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// A bfloat16 is the upper half of a float32. Of a word with two of them, the first is the lower half
+// (little-endian), so both widen without a shuffle; whoever reads x beside them keeps it in that order.
+inline Floats first_of_pair(Words pairs) { return (Floats)(pairs << 16); }
+inline Floats second_of_pair(Words pairs) { return (Floats)(pairs & 0xffff0000u); }
+
+inline float from_bf16(uint16_t bits) {
+  uint32_t wide = (uint32_t)bits << 16;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+
+// Rounded to the nearest bfloat16, ties to even, in the upper half of each word; NaN stays NaN.
+inline Words round_bf16(Floats x) {
+  Words bits = (Words)x;
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return x == x ? rounded : (bits | 0x00400000u) & 0xffff0000u;
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return (uint16_t)((bits | 0x00400000u) >> 16);
+  return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// e^x to two units in the last place (Cody & Waite's reduction, a Taylor polynomial of degree 7 on
+// |r| <= ln 2 / 2); zero below -87, NaN for NaN.
+inline Floats exponential(Floats x) {
+  Floats clamped = x > 88.f ? splat(88.f) : x < -87.f ? splat(-87.f) : x;
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  Floats shifted = clamped * 1.44269504088896341f + magic;
+  Ints power = (Ints)shifted - 0x4b400000;
+  Floats n = shifted - magic;
+  Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = 1.f / 5040 * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  Floats result = p * (Floats)((power + 127) << 23);
+  return x < -87.f ? Floats{} : result;
+}
+
+inline Floats silu(Floats x) { return x / (1.f + exponential(-x)); }
+
+// LANES x LANES words at `from`, rows `stride` apart, transposed into `to`.
+inline void transpose(const void* from, long stride, void* to, long to_stride) {
+  const uint32_t* source = (const uint32_t*)from;
+  uint32_t* target = (uint32_t*)to;
+#if defined(__AVX512F__) && !defined(__clang__)
+  Words rows[LANES];
+  for (long i = 0; i < LANES; i++) rows[i] = load<Words>(source + i * stride);
+#pragma GCC unroll 4
+  for (long d = 1; d < LANES; d *= 2) {
+    Words low, high;
+    for (long j = 0; j < LANES; j++) {
+      low[j] = (j & d) ? LANES + j - d : j;
+      high[j] = (j & d) ? LANES + j : j + d;
+    }
+#pragma GCC unroll 16
+    for (long i = 0; i < LANES; i++) {
+      if (i & d) continue;
+      Words a = rows[i], b = rows[i + d];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + d] = __builtin_shuffle(a, b, high);
+    }
+  }
+  for (long i = 0; i < LANES; i++) store(target + i * to_stride, rows[i]);
+#else
+  for (long i = 0; i < LANES; i++)
+    for (long j = 0; j < LANES; j++) target[j * to_stride + i] = source[i * stride + j];
+#endif
+}

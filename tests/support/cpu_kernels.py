@@ -1,0 +1,230 @@
+"""Random cases for the C++ kernels, and what plain XLA makes of them."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_moe_jax.kernels.cpu.calls import (
+    native_attention,
+    native_delta_step,
+    native_experts,
+    native_linears,
+)
+from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.model.attention import append_keys, blockwise_attention
+from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.model.delta_rule import delta_rule_step
+from qwen_moe_jax.model.experts import dense_experts
+from qwen_moe_jax.model.linear import linear
+
+BFLOAT16, FLOAT32 = "bfloat16", "float32"
+EPS = {FLOAT32: 2.0**-24, BFLOAT16: 2.0**-8}  # half a unit in the last place, or a whole one where two round
+
+# Numbers of tokens on both sides of every border between ways, groups of tokens, and panels of rows; depths
+# around vectors, tiles and steps; a single row and column.
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 50, 100, 513)
+ROWS = (1, 2, 31, 32, 33, 63, 64, 100)
+DEPTHS = (1, 2, 15, 16, 31, 32, 33, 63, 64, 65, 100, 255, 256, 257, 1023, 1056)
+
+
+def float8(values: np.ndarray, block: tuple[int, int]) -> BlockScaled:
+    """A matrix or stack, quantised with blocks of any size (as the reader hands on granules)."""
+    *stack, rows, columns = values.shape
+    down, across = -(-rows // block[0]), -(-columns // block[1])
+    scales = np.random.default_rng(rows).uniform(0.5, 2, (*stack, down, across)).astype(np.float32) / 300
+    codes = np.zeros(values.shape, jnp.float8_e4m3fn)
+    wide = np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[..., :rows, :columns]
+    codes[...] = np.clip(values / wide, -448, 448)
+    return BlockScaled(jnp.asarray(codes), jnp.asarray(scales), block, jnp.dtype(jnp.float32), Kernels("cpu"))
+
+
+def draw_matrix(rng: np.random.Generator, shape: tuple[int, ...], held: str) -> Matrix:
+    """Of order one over the root of the depth."""
+    values = rng.normal(size=shape) * shape[-1] ** -0.5
+    if held == "float8":
+        block = (int(rng.choice([3, 16, 128])), int(rng.choice([5, 32, 128])))
+        return float8(values, block)
+    return jnp.asarray(values, held)
+
+
+def linear_cases(seed: int, count: int) -> Iterator[tuple[jax.Array, Matrix, str]]:
+    """(x, matrix, dtype of the result)."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        tokens, rows, depth = (int(rng.choice(sizes)) for sizes in (TOKENS, ROWS, DEPTHS))
+        dtype = str(rng.choice([FLOAT32, BFLOAT16]))
+        held = str(rng.choice([FLOAT32, BFLOAT16, "float8"]))
+        x = jnp.asarray(rng.normal(size=(tokens, depth)), dtype)
+        yield x, draw_matrix(rng, (rows, depth), held), str(rng.choice([FLOAT32, BFLOAT16]))
+
+
+def check_linear(x: jax.Array, matrix: Matrix, out: str, variant: str) -> None:
+    """Within the rounding of a sum of `depth` products, and of the result."""
+    found = jax.jit(lambda x, m: native_linears(x, [m], [out], variant)[0])(x, matrix)
+    wanted = np.asarray(linear(x, matrix, FLOAT32))
+    plain = matrix.multiplied_out(x.dtype) if isinstance(matrix, BlockScaled) else matrix
+    sizes = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(plain, np.float32)).T
+    assert found.dtype == jnp.dtype(out)
+    assert found.shape == wanted.shape
+    bound = (x.shape[1] + 2) * EPS[FLOAT32] * sizes + (
+        EPS[BFLOAT16] * np.abs(wanted) if out == BFLOAT16 else 0
+    )
+    np.testing.assert_array_less(np.abs(np.asarray(found, np.float32) - wanted), bound + 1e-30)
+
+
+def expert_case(
+    seed: int, tokens: int, top_k: int, experts: int, hidden: int, inner: int, dtype: str, held: str
+) -> dict:
+    """Inputs where about a fifth of the slots have no expert, and an expert may stand in several of a token."""
+    rng = np.random.default_rng([seed, tokens, hidden])
+    ids = rng.integers(0, experts + experts // 4 + 1, (tokens, top_k)).clip(0, experts)
+    return {
+        "x": jnp.asarray(rng.normal(size=(tokens, hidden)), dtype),
+        "expert_ids": jnp.asarray(ids, jnp.int32),
+        "weights": jnp.asarray(rng.dirichlet(np.ones(top_k), tokens), jnp.float32),
+        "gate_up": draw_matrix(rng, (experts, 2 * inner, hidden), held),
+        "down": draw_matrix(rng, (experts, hidden, inner), held),
+    }
+
+
+def expert_cases(seed: int, count: int) -> Iterator[dict]:
+    """Odd sizes, from one token to groups of several hundred."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        yield expert_case(
+            seed + index,
+            int(rng.choice([1, 2, 5, 16, 37, 150])),
+            int(rng.integers(1, 5)),
+            int(rng.choice([1, 3, 8, 64])),
+            int(rng.choice([1, 17, 32, 64, 130])),
+            int(rng.choice([1, 9, 32, 70])),
+            str(rng.choice([FLOAT32, BFLOAT16])),
+            str(rng.choice([FLOAT32, BFLOAT16, "float8"])),
+        )
+
+
+# float32: sums of a few hundred products in another order. bfloat16: gate, up, the activation and the output
+# are rounded where a sum may lie near the middle, the first three before a product that averages them. Of the
+# largest slot's size.
+EXPERT_TOLERANCE = {FLOAT32: 3e-6, BFLOAT16: 3 * 2.0**-8}
+
+
+def check_experts(given: dict, variant: str, *, by_slot: bool = False) -> None:
+    """Against every expert on every token in plain XLA."""
+    run = functools.partial(native_experts, variant=variant, by_slot=by_slot)
+    found = jax.jit(lambda given: run(**given))(given)
+    slots = np.abs(np.asarray(dense_experts(**given, by_slot=True)))
+    wanted = np.asarray(dense_experts(**given, by_slot=by_slot))
+    assert found.dtype == jnp.float32
+    tolerance = EXPERT_TOLERANCE[given["x"].dtype.name]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(slots.max(), 1e-3))
+
+
+def delta_case(seed: int, batch: int, key_heads: int, ratio: int, dims: tuple[int, int]) -> dict:
+    """A state of order one and a token."""
+    rng = np.random.default_rng([seed, batch, *dims])
+    heads = key_heads * ratio
+
+    def unit(*shape: int) -> jax.Array:
+        x = rng.normal(size=shape)
+        return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.float32)
+
+    return {
+        "state": jnp.asarray(rng.normal(size=(batch, heads, *dims)), jnp.float32),
+        "query": unit(batch, key_heads, dims[0]),
+        "key": unit(batch, key_heads, dims[0]),
+        "value": jnp.asarray(rng.normal(size=(batch, heads, dims[1])), jnp.float32),
+        "g": jnp.asarray(-rng.exponential(size=(batch, heads)), jnp.float32),
+        "beta": jnp.asarray(rng.uniform(size=(batch, heads)), jnp.float32),
+    }
+
+
+DELTA_SHAPES = [
+    (1, 1, 1, (1, 1)),
+    (3, 2, 2, (16, 16)),
+    (2, 1, 3, (7, 33)),
+    (1, 4, 2, (128, 128)),
+    (5, 3, 1, (64, 95)),
+]
+
+
+def check_delta_step(given: dict, variant: str) -> None:
+    """Sums of at most 128 products of order one: a few dozen units in the last place of float32."""
+    found = jax.jit(functools.partial(native_delta_step, variant=variant))(**given)
+    ratio = given["value"].shape[1] // given["key"].shape[1]
+    heads = {name: jnp.repeat(given[name], ratio, axis=1) for name in ("query", "key")}
+    wanted = delta_rule_step(**(given | heads))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+
+
+def attention_case(
+    seed: int,
+    batch: int,
+    seq: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    capacity: int,
+    dtype: str,
+    cache: str,
+) -> dict:
+    """A cache with keys up to some length a row, new tokens behind it, and a few pads at the end."""
+    rng = np.random.default_rng([seed, batch, seq, dim, capacity])
+    length = rng.integers(0, capacity - seq + 1, batch)
+    count = rng.integers(0, seq + 1, batch)
+    positions = length[:, None] + np.arange(seq)
+    slots = np.where(np.arange(seq) < count[:, None], positions, capacity)
+
+    def normal(*shape: int, dtype: str = dtype) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return {
+        "query": 2 * normal(batch, seq, kv_heads * group, dim),
+        "key": normal(batch, seq, kv_heads, dim),
+        "value": normal(batch, seq, kv_heads, dim),
+        "positions": jnp.asarray(positions, jnp.int32),
+        "slots": jnp.asarray(slots, jnp.int32),
+        "cache": KVCache(*(normal(batch, capacity, kv_heads, dim, dtype=cache) for _ in "kv")),
+    }
+
+
+def attention_cases(seed: int, count: int) -> Iterator[dict]:
+    """Decode and prefill, over caches shorter and longer than a task's share of keys."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        seq = int(rng.choice([1, 1, 2, 5, 16, 40, 130]))
+        yield attention_case(
+            seed + index,
+            int(rng.choice([1, 3])),
+            seq,
+            int(rng.choice([1, 2])),
+            int(rng.choice([1, 2, 4, 7])),
+            int(rng.choice([8, 16, 20, 64, 256])),
+            max(seq, int(rng.choice([1, 60, 257, 1500]))),
+            *((FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32))[int(rng.integers(3))],
+        )
+
+
+# Outputs are averages of values of order one. float32: sums over up to 1500 keys, and e^x to two units.
+# bfloat16: weights and the result rounded.
+ATTENTION_TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 3 * 2.0**-8}
+
+
+def check_attention(given: dict, variant: str) -> None:
+    """Against the plain form, in float32 on the same numbers; the caches are equal bit by bit."""
+    cache = given["cache"]
+    copy = KVCache(cache.k + 0, cache.v + 0)
+    found, after = jax.jit(functools.partial(native_attention, variant=variant))(**(given | {"cache": copy}))
+    wanted_cache = append_keys(cache, given["key"], given["value"], given["slots"])
+    np.testing.assert_array_equal(after.k, wanted_cache.k)
+    np.testing.assert_array_equal(after.v, wanted_cache.v)
+    wide = [x.astype(jnp.float32) for x in (given["query"], wanted_cache.k, wanted_cache.v)]
+    wanted = blockwise_attention(*wide, given["positions"])
+    assert found.dtype == given["query"].dtype
+    tolerance = ATTENTION_TOLERANCE[given["query"].dtype.name]
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=0, atol=tolerance * 2)
