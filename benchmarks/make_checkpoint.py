@@ -2,8 +2,9 @@
 
     python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16]
 
-`mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million; `large`
-four layers of the 35B's shapes with a small vocabulary, 3.5 billion parameters, of which a token uses 311 million;
+`mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
+`large` four layers of the 35B's shapes with a small vocabulary, 3.5 billion parameters, of which a token uses
+311 million;
 `35b-slice` four layers of the 35B in their exact shapes (7.5 GB in bfloat16); `397b-narrow` the 60 layers
 and 512 experts of the 397B at a sixteenth of its width. `tiny` only tries the benchmarks themselves. There is
 no tokenizer: the benchmarks feed token ids.

@@ -27,7 +27,7 @@ from support.reference import (
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.generation.loading import load_forward
-from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.model.cache import empty_cache
 
 # One or two seeds a group of lengths; together: 1 to 4 KV heads, key/value head ratios 1, 2, 4, all
@@ -98,7 +98,7 @@ def test_three_rows_of_positions_give_the_truths_logits(tmp_path: Path) -> None:
     folder = save_reference(reference, tmp_path)
     own = ModelConfig.from_file(folder)
     float32 = jnp.dtype(jnp.float32)
-    forward = load_forward(folder, own, float32, Kernels("cpu"), progress=False).forward
+    forward = load_forward(folder, own, float32, make_kernels("cpu"), progress=False).forward
     decoder = forward.decoder
 
     @jax.jit

@@ -19,7 +19,7 @@ from support.rocm import rocm  # noqa: F401
 from qwen_moe_jax.aot import toolchain
 from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
-from qwen_moe_jax.kernels.table import TARGETS, Kernels
+from qwen_moe_jax.kernels.table import TARGETS, Kernels, make_kernels
 from qwen_moe_jax.selftest import SelftestReport, add_command, kernel_checks, parity, selftest, selftest_parts
 from qwen_moe_jax.selftest.expectations import find_expectations, make_expectations
 from qwen_moe_jax.selftest.models import PLAIN, Models
@@ -117,7 +117,7 @@ def test_the_json_says_what_ran_where(tmp_path):
     assert len(details["devices"]["devices"]) == jax.device_count()
     assert {"kind", "compute_capability", "memory"} <= set(details["devices"]["devices"][0])
     assert (details["table"]["target"], details["table"]["kernels"]) == ("cpu", "interpreted")
-    assert details["table"]["bfloat16"] == Kernels("cpu").lines("bfloat16")
+    assert details["table"]["bfloat16"] == make_kernels("cpu").lines("bfloat16")
     assert all(part["summary"] == "asked for" for part in found["parts"] if part["status"] == "skipped")
 
 

@@ -16,7 +16,7 @@ from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.loading import load_forward
-from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 
 # lfllf with a convolution of kernel 4: both layer kinds, also one behind the other.
@@ -39,7 +39,9 @@ def folder() -> Path:
 @functools.cache
 def engine(dtype: str = "float32") -> Engine:
     config = ModelConfig.from_file(folder())
-    return Engine(load_forward(folder(), config, jnp.dtype(dtype), Kernels("cpu"), progress=False).forward)
+    return Engine(
+        load_forward(folder(), config, jnp.dtype(dtype), make_kernels("cpu"), progress=False).forward
+    )
 
 
 @functools.cache
@@ -178,7 +180,7 @@ def test_the_cache_after_right_padding_is_that_of_the_valid_tokens(count: int) -
 def test_the_recurrent_state_is_float32_also_in_a_bfloat16_model() -> None:
     config = ModelConfig.from_file(folder())
     dtype = jnp.dtype(jnp.bfloat16)
-    narrow = Engine(load_forward(folder(), config, dtype, Kernels("cpu"), progress=False).forward)
+    narrow = Engine(load_forward(folder(), config, dtype, make_kernels("cpu"), progress=False).forward)
     cache, _ = narrow.prefill([ROWS[0][:5]], room=1)
     states = [layer.state for layer in cache.layers if isinstance(layer, DeltaNetCache)]
     assert states

@@ -56,7 +56,7 @@ class Deployment:
     @property
     def chunk(self) -> int:
         """Tokens a row in one chunk of prefill."""
-        return min(chunk_length(self.rows, self.kernels.target), self.capacity)
+        return min(chunk_length(self.rows, self.kernels), self.capacity)
 
     def engine(self) -> Engine:
         """Generation's functions over parameters without values."""

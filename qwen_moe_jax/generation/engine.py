@@ -170,7 +170,7 @@ class Engine:
 
     def _chunks(self, rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(start, tokens [batch, bucket], valid [batch, bucket]) of each prefill chunk."""
-        chunk = chunk_length(len(rows), self._model.kernels.target)
+        chunk = chunk_length(len(rows), self._model.kernels)
         for start, length in chunk_spans(max(map(len, rows)), chunk):
             yield start, *right_pad([row[start : start + length] for row in rows], length)
 

@@ -1,27 +1,35 @@
 """Buckets: every compiled shape comes from a short list, so that the number of compilations is bounded.
 
-A prompt of n tokens is prefilled as whole chunks of `chunk_length` and one tail padded up to a bucket;
-caches come in capacities two to an octave (64, 96, 128, 192, ...).
+A prompt of n tokens is prefilled as whole chunks of `chunk_length` and a tail padded up to a bucket, or cut
+into two where padding would be most of it; caches come in capacities two to an octave (64, 96, 128, ...).
 """
 
 from collections.abc import Iterator
 
-# Longest prefill chunk of one row, and rows x chunk, which bounds the activations of a chunk. On a GPU a
-# chunk waits for every expert's matrices to be read, unless it has thousands of tokens.
+from qwen_moe_jax.kernels.table import Kernels
+
+# Longest prefill chunk of one row, and rows x chunk, which bounds the activations of a chunk. A chunk waits
+# for every expert's matrices to be read, unless it has thousands of tokens; XLA's products on a CPU are so
+# slow that it never does.
 CPU_CHUNK, CPU_CHUNK_BATCH = 512, 4096
+NATIVE_CHUNK, NATIVE_CHUNK_BATCH = 2048, 8192
 GPU_CHUNK, GPU_CHUNK_BATCH = 4096, 8192
 SMALLEST_CHUNK = 16
+# Up to this many tokens, another chunk costs more than padding.
+_PADDED = 512
 SMALLEST_CAPACITY = 64
 
 
-def chunk_length(batch: int, target: str = "cpu") -> int:
+def chunk_length(batch: int, kernels: Kernels) -> int:
     """Tokens a row in one prefill chunk: a power of two, fewer for larger batches.
 
     Args:
         batch: rows.
-        target: what programs are compiled for.
+        kernels: what programs are compiled for, and with.
     """
-    length, most = (CPU_CHUNK, CPU_CHUNK_BATCH) if target == "cpu" else (GPU_CHUNK, GPU_CHUNK_BATCH)
+    length, most = GPU_CHUNK, GPU_CHUNK_BATCH
+    if kernels.target == "cpu":
+        length, most = (NATIVE_CHUNK, NATIVE_CHUNK_BATCH) if kernels.native else (CPU_CHUNK, CPU_CHUNK_BATCH)
     while length > SMALLEST_CHUNK and length * batch > most:
         length //= 2
     return length
@@ -37,8 +45,14 @@ def tail_bucket(tokens: int, chunk: int) -> int:
 
 def chunk_spans(longest: int, chunk: int) -> Iterator[tuple[int, int]]:
     """(start, padded length) of each chunk of a batch whose longest row has `longest` tokens."""
-    for start in range(0, longest, chunk):
-        yield start, tail_bucket(longest - start, chunk)
+    start = 0
+    while start < longest:
+        rest = longest - start
+        bucket = tail_bucket(rest, chunk)
+        if bucket > _PADDED and rest <= bucket // 4 * 3:
+            bucket //= 2  # full; what is left follows
+        yield start, bucket
+        start += bucket
 
 
 def cache_capacity(tokens: int) -> int:

@@ -17,12 +17,14 @@ A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx94
     delta_step   products                    plain XLA (`model/delta_rule.py`)
                  pallas_step                 a kernel (`delta_step.py`)
                  native
+    delta_chunks products                    plain XLA (`model/delta_rule.py`)
+                 native
     float8       multiplied_out              plain XLA: a float8 matrix is widened, then multiplied
                  pallas_tiles                a kernel that widens tiles as it reads them (`float8_matmul.py`)
                  native
 
-CPU: measured (`benchmarks/README.md`); the C++ kernels apply where they could be built. AMD GPUs: reasoned from compiled programs, the bytes and FLOPs they
-name and the memory they take; nothing was timed on one.
+CPU: measured (`benchmarks/README.md`); the C++ kernels apply where they could be built. AMD GPUs: reasoned
+from compiled programs, the bytes and FLOPs they name and the memory they take; nothing was timed on one.
 """
 
 import dataclasses
@@ -49,6 +51,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "attention": {"blockwise": XLA, "flash": PALLAS, "native": NATIVE},
     "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
+    "delta_chunks": {"products": XLA, "native": NATIVE},
     "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS, "native": NATIVE},
 }
 
@@ -81,6 +84,7 @@ DECIDES = {
     "experts": "slots (tokens x top_k) an expert",
     "attention": "tokens a row",
     "delta_step": "tokens a row",
+    "delta_chunks": "tokens a row",
     "float8": "tokens",
 }
 
@@ -105,6 +109,8 @@ TABLE: tuple[Rule, ...] = (
     Rule("delta_step", AMD, None, None, "pallas_step", "the state is read once and written once"),
     Rule("delta_step", ("cpu",), _NATIVE, None, "native", "the state changes in place; measured"),
     Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
+    Rule("delta_chunks", ("cpu",), _NATIVE, None, "native", "a head's chunks stay in cache; measured"),
+    Rule("delta_chunks", _ANY, None, None, "products", "chunks of matrix products"),
     Rule("float8", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
     Rule("float8", ("cpu",), _NATIVE, None, "native", "widened as it is read; measured"),
     Rule("float8", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
@@ -239,6 +245,7 @@ def make_kernels(
         plain: dict[str, str] = {
             "attention": "blockwise",
             "delta_step": "products",
+            "delta_chunks": "products",
             "float8": "multiplied_out",
             "linear": "products",
             "embedding": "lookup",
@@ -264,7 +271,7 @@ def make_kernels(
         if known[implementation] == NATIVE and native is None:
             why = "none could be built here" if target == "cpu" else f"this is {target}"
             raise InputError(
-                f"kernels asks for {operation} by {implementation!r}, a C++ kernel for CPUs, and {why}; leave it "
-                "to the table."
+                f"kernels asks for {operation} by {implementation!r}, a C++ kernel for CPUs, and {why}; "
+                "leave it to the table."
             )
     return Kernels(target, tuple(sorted(asked.items())), interpret, native)

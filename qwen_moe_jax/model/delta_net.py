@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.kernels.cpu.calls import native_delta_step
+from qwen_moe_jax.kernels.cpu.calls import native_delta_chunks, native_delta_step
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import DeltaNetCache
@@ -117,32 +117,45 @@ class GatedDeltaNet(nnx.Module):
         g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
         key, value = jnp.where(token[..., None], key, 0), jnp.where(token[..., None], value, 0)
 
-        chosen = self.kernels.pick("delta_step", x.dtype.name, seq)
-        narrow = cache.state.dtype == jnp.float32
-        token = tuple(x[:, 0] for x in (query, key, value, g, beta))
-        if seq == 1 and chosen == "pallas_step" and narrow:
-            output, state = delta_step(cache.state, *token, interpret=self.kernels.interpret)
-            output = output[:, None]
-        elif seq == 1 and chosen == "native" and narrow:
-            output, state = native_delta_step(cache.state, *token, self.kernels.variant)
-            output = output[:, None]
-        elif seq == 1:
-            output, state = delta_rule_step(
-                cache.state,
-                _repeat_heads(query[:, 0], value_heads),
-                _repeat_heads(key[:, 0], value_heads),
-                value[:, 0],
-                g[:, 0],
-                beta[:, 0],
-            )
-            output = output[:, None]
-        else:
-            output, state = delta_rule_chunked(query, key, value, g, beta, cache.state)
+        output, state = _recur(self.kernels, (query, key, value, g, beta), cache.state, x.dtype.name)
 
         gate = gate.reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
         out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix(), self.kernels)
         return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
+
+
+def _recur(
+    kernels: Kernels, tokens: tuple[jax.Array, ...], state: jax.Array, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule by the implementation that the table has.
+
+    Args:
+        kernels: the table.
+        tokens: query, key, value, g and beta, as of `delta_rule_chunked`.
+        state: [batch, heads, Dk, Dv]; kernels take float32 only.
+        dtype: name of the compute dtype.
+
+    Returns:
+        (output [batch, seq, heads, Dv], state after the last token).
+    """
+    seq = tokens[0].shape[1]
+    by_kernel = state.dtype == jnp.float32
+    if seq > 1:
+        query, key, value, g, beta = tokens
+        if by_kernel and kernels.pick("delta_chunks", dtype, seq) == "native":
+            return native_delta_chunks(query, key, value, g, beta, state, kernels.variant)
+        return delta_rule_chunked(query, key, value, g, beta, state)
+    query, key, value, g, beta = (x[:, 0] for x in tokens)
+    chosen = kernels.pick("delta_step", dtype, seq)
+    if by_kernel and chosen == "pallas_step":
+        output, state = delta_step(state, query, key, value, g, beta, interpret=kernels.interpret)
+    elif by_kernel and chosen == "native":
+        output, state = native_delta_step(state, query, key, value, g, beta, kernels.variant)
+    else:
+        query, key = (_repeat_heads(x, value.shape[1]) for x in (query, key))
+        output, state = delta_rule_step(state, query, key, value, g, beta)
+    return output[:, None], state
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:

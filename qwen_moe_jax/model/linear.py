@@ -67,7 +67,7 @@ def linears(
         found = native_linears(x, [weights[i] for i in native], [dtypes[i] for i in native], variant)
         results.update(zip(native, found, strict=True))
     for index, (weight, name) in enumerate(zip(weights, chosen, strict=True)):
-        if name == "pallas_tiles":
+        if name == "pallas_tiles" and isinstance(weight, BlockScaled):
             results[index] = float8_matmul(x, weight, dtypes[index])
         elif name != "native":
             results[index] = _product(x, weight, dtypes[index])

@@ -10,10 +10,15 @@ from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.shapes import (
     CPU_CHUNK,
     CPU_CHUNK_BATCH,
+    GPU_CHUNK,
+    GPU_CHUNK_BATCH,
+    NATIVE_CHUNK,
+    NATIVE_CHUNK_BATCH,
     cache_capacity,
     chunk_length,
     chunk_spans,
 )
+from qwen_moe_jax.kernels.table import Kernels
 
 VOCAB = 200
 IDS = [[3, 5, 7]]
@@ -172,18 +177,30 @@ def test_right_pad_puts_rows_first_and_takes_empty_ones():
     assert valid.dtype == bool
 
 
-def test_chunks_cover_a_prompt_once_in_a_bounded_set_of_lengths():
+@pytest.mark.parametrize(
+    ("kernels", "longest_chunk", "tokens"),
+    [
+        (Kernels("cpu"), CPU_CHUNK, CPU_CHUNK_BATCH),
+        (Kernels("cpu", native="plain"), NATIVE_CHUNK, NATIVE_CHUNK_BATCH),
+        (Kernels("gfx942"), GPU_CHUNK, GPU_CHUNK_BATCH),
+    ],
+)
+def test_chunks_cover_a_prompt_once_in_a_bounded_set_of_lengths(kernels, longest_chunk, tokens):
     for batch in (1, 3, 8, 20, 300):
-        chunk = chunk_length(batch)
-        assert chunk * batch <= CPU_CHUNK_BATCH or chunk == 16
+        chunk = chunk_length(batch, kernels)
+        assert chunk * batch <= tokens or chunk == 16
+        assert chunk <= longest_chunk
         lengths = set()
-        for longest in range(1, 1100):
+        for longest in range(1, 2 * chunk + 70, 1 if chunk <= 512 else 7):
             spans = list(chunk_spans(longest, chunk))
-            assert [start for start, _ in spans] == list(range(0, longest, chunk))
-            assert spans[-1][0] + spans[-1][1] >= longest
+            starts = [start for start, _ in spans]
+            assert starts == np.cumsum([0, *(length for _, length in spans)])[:-1].tolist()
+            covered = sum(length for _, length in spans)
+            # pads are few beside a long prompt
+            assert longest <= covered <= max(longest * 4 / 3 + 512, 16)
             lengths |= {length for _, length in spans}
-        assert lengths <= {2**n for n in range(4, 10)}
-        assert max(lengths) == chunk <= CPU_CHUNK
+        assert lengths <= {2**n for n in range(4, 13)}
+        assert max(lengths) == chunk
 
 
 def test_cache_capacities_hold_what_is_asked_with_two_to_an_octave():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from support.cpu_kernels import (
     BFLOAT16,
+    CHUNK_SHAPES,
     DELTA_SHAPES,
     FLOAT32,
     attention_cases,
     check_attention,
+    check_delta_chunks,
     check_delta_step,
     check_experts,
     check_linear,
@@ -93,6 +95,12 @@ def test_a_token_s_slots_do_not_depend_on_the_other_experts_here(variant):
 @pytest.mark.parametrize("shape", DELTA_SHAPES)
 def test_a_step_of_the_delta_rule(variant, shape):
     check_delta_step(delta_case(6, *shape), variant)
+
+
+@variants
+@pytest.mark.parametrize("shape", CHUNK_SHAPES)
+def test_chunks_of_the_delta_rule(variant, shape):
+    check_delta_chunks(shape, variant)
 
 
 @variants

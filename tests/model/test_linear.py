@@ -8,6 +8,7 @@ import support.reference  # noqa: F401  one torch thread, no warnings
 import torch
 from support.rounding import assert_within_ulps, to_numpy, to_torch
 
+from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.linear import held_dtype, linear
 
 product = jax.jit(linear)
@@ -74,8 +75,10 @@ def test_leading_dimensions_are_kept() -> None:
     )
 
 
-def test_matrices_are_held_in_float32_on_cpu_and_in_the_compute_dtype_elsewhere() -> None:
+def test_matrices_are_held_in_the_compute_dtype_but_for_plain_xla_on_cpu() -> None:
     for compute in (jnp.float32, jnp.bfloat16):
-        assert held_dtype(compute, "cpu") == jnp.float32
+        assert held_dtype(compute, Kernels("cpu")) == jnp.float32
+        assert held_dtype(compute, Kernels("cpu", (("linear", "products"),), native="plain")) == jnp.float32
+        assert held_dtype(compute, Kernels("cpu", native="plain")) == compute
         for target in ("gfx942", "gfx950", "gpu"):
-            assert held_dtype(compute, target) == compute
+            assert held_dtype(compute, Kernels(target)) == compute

@@ -24,13 +24,13 @@ from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
-from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.model.cache import empty_cache
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.mtp import MtpHead, abstract_mtp
 from qwen_moe_jax.model.params import DtypePolicy
 
-CPU = Kernels("cpu")
+CPU = make_kernels("cpu")
 FLOAT32 = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
 BFLOAT16 = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_moe_jax.kernels.cpu.calls import (
     native_attention,
+    native_delta_chunks,
     native_delta_step,
     native_experts,
     native_linears,
@@ -17,9 +18,10 @@ from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.model.cache import KVCache
-from qwen_moe_jax.model.delta_rule import delta_rule_step
+from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
+from support.delta_oracle import delta_inputs, delta_oracle
 
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 EPS = {FLOAT32: 2.0**-24, BFLOAT16: 2.0**-8}  # half a unit in the last place, or a whole one where two round
@@ -79,7 +81,7 @@ def check_linear(x: jax.Array, matrix: Matrix, out: str, variant: str) -> None:
 def expert_case(
     seed: int, tokens: int, top_k: int, experts: int, hidden: int, inner: int, dtype: str, held: str
 ) -> dict:
-    """Inputs where about a fifth of the slots have no expert, and an expert may stand in several of a token."""
+    """Inputs where about a fifth of the slots have no expert, and a token may have an expert twice."""
     rng = np.random.default_rng([seed, tokens, hidden])
     ids = rng.integers(0, experts + experts // 4 + 1, (tokens, top_k)).clip(0, experts)
     return {
@@ -160,6 +162,27 @@ def check_delta_step(given: dict, variant: str) -> None:
     wanted = delta_rule_step(**(given | heads))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+
+
+# Tokens, key heads, heads, dims: both sides of a chunk's end, odd dimensions, shared key heads.
+CHUNK_SHAPES = [
+    (1, 1, 1, 1, 1),
+    (63, 2, 4, 16, 16),
+    (64, 1, 3, 7, 33),
+    (65, 3, 3, 64, 95),
+    (300, 2, 4, 128, 128),
+]
+
+
+def check_delta_chunks(shape: tuple[int, ...], variant: str) -> None:
+    """Against the recurrence in float64 in every regime: within twice the error of XLA's chunks."""
+    seq, key_heads, heads, key_dim, value_dim = shape
+    given = delta_inputs(15, seq, key_heads=key_heads, heads=heads, key_dim=key_dim, value_dim=value_dim)
+    found = jax.jit(functools.partial(native_delta_chunks, variant=variant))(*given)
+    plain = jax.jit(delta_rule_chunked)(*given)
+    for a, b, exact in zip(found, plain, delta_oracle(*given), strict=True):
+        error, allowed = (np.abs(np.asarray(x) - exact).max() for x in (a, b))
+        assert error <= 2 * allowed + 2e-6 * np.abs(exact).max()
 
 
 def attention_case(

@@ -1,6 +1,6 @@
 // Causal softmax attention over a key/value cache, with the new keys appended in place (online softmax:
-// Milakov & Gimelshein, arXiv:1805.02867). Scores stand as [key][query], so that a softmax runs along vectors of
-// queries, and the second product takes them as an MLP's does (panels.h).
+// Milakov & Gimelshein, arXiv:1805.02867). Scores stand as [key][query], so that a softmax runs along vectors
+// of queries, and the second product takes them as an MLP's does (panels.h).
 #pragma once
 #include "linear.h"
 
@@ -25,7 +25,8 @@ struct Attention {
   }
 };
 
-// New keys and values [batch, seq, kv_heads, dim] of a.type to their slots; one behind the capacity is dropped.
+// New keys and values [batch, seq, kv_heads, dim] of a.type to their slots; one behind the capacity is
+// dropped.
 inline void append_keys(const Attention& a, const char* key, const char* value, const int* slots) {
   long width = a.kv_heads * a.dim, from_size = size_of(a.type), to_size = size_of(a.cache_type);
   for (long b = 0; b < a.batch; b++)
@@ -35,8 +36,10 @@ inline void append_keys(const Attention& a, const char* key, const char* value, 
       for (int both = 0; both < 2; both++) {
         const char* from = (both ? value : key) + (b * a.seq + s) * width * from_size;
         char* to = (both ? a.v : a.k) + (b * a.capacity + slot) * width * to_size;
-        if (a.type == a.cache_type) memcpy(to, from, width * to_size);
-        else if (a.type == Type::F32) write_row((const float*)from, width, Type::BF16, to);
+        if (a.type == a.cache_type)
+          memcpy(to, from, width * to_size);
+        else if (a.type == Type::F32)
+          write_row((const float*)from, width, Type::BF16, to);
         else
           for (long i = 0; i < width; i++) ((float*)to)[i] = from_bf16(((const uint16_t*)from)[i]);
       }
@@ -164,8 +167,10 @@ inline void attend_few(Pool& pool, const Attention& a) {
         for (long d = 0; d < padded; d++) sums[q * padded + d] *= softmax.correction[q];
       for (long q = 0; q < queries; q += 8) {
         long some = std::min(8L, queries - q);
-        if (pairs) add_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
-        else add_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+        if (pairs)
+          add_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+        else
+          add_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
       }
     }
     for (long q = 0; q < queries; q++) tops[q] = softmax.top[q], totals[q] = softmax.total[q];
@@ -175,7 +180,8 @@ inline void attend_few(Pool& pool, const Attention& a) {
     std::vector<float> sum(padded);
     for (long q = 0; q < queries; q++) {
       float top = NOTHING, total = 0;
-      for (long s = 0; s < spans; s++) top = std::max(top, records[(i * spans + s) * record + queries * padded + q]);
+      for (long s = 0; s < spans; s++)
+        top = std::max(top, records[(i * spans + s) * record + queries * padded + q]);
       std::fill(sum.begin(), sum.end(), 0.f);
       for (long s = 0; s < spans; s++) {
         const float* from = records + (i * spans + s) * record;
@@ -185,12 +191,15 @@ inline void attend_few(Pool& pool, const Attention& a) {
         total += share * tops[queries + q];
         for (long d = 0; d < padded; d++) sum[d] += share * from[q * padded + d];
       }
-      char* out = a.out + ((b * a.seq + q / group) * a.heads + head * group + q % group) * a.dim * size_of(a.type);
+      char* out =
+          a.out + ((b * a.seq + q / group) * a.heads + head * group + q % group) * a.dim * size_of(a.type);
       for (long d = 0; d < a.dim; d++) {
         long within = d % (2 * LANES), place = pairs ? d - within + within / 2 + (within % 2 ? LANES : 0) : d;
         float x = sum[place] / total;
-        if (a.type == Type::F32) ((float*)out)[d] = x;
-        else ((uint16_t*)out)[d] = to_bf16(x);
+        if (a.type == Type::F32)
+          ((float*)out)[d] = x;
+        else
+          ((uint16_t*)out)[d] = to_bf16(x);
       }
     }
   });
@@ -216,8 +225,10 @@ inline void attend_many(Pool& pool, const Attention& a) {
       for (long key = first; key < first + KEYS; key++)
         for (long j = 0; j < wide; j++) {
           char* place = to + ((d + j) * columns + key) * size;
-          if (key >= end) memset(place, 0, size);
-          else memcpy(place, v.row(key) + (d + j) * size, size);
+          if (key >= end)
+            memset(place, 0, size);
+          else
+            memcpy(place, v.row(key) + (d + j) * size, size);
         }
     }
   });
@@ -241,8 +252,10 @@ inline void attend_many(Pool& pool, const Attention& a) {
     static thread_local std::vector<char> packed;
     Way way = choose_way(queries, k, a.type);
     long bytes = round_up(Operand::bytes(way, queries, a.dim), 64);
-    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64), sum_bytes = 4 * round_up(a.dim, PANEL) * ldc;
-    if ((long)packed.size() < bytes + weight_bytes + sum_bytes + 64) packed.resize(bytes + weight_bytes + sum_bytes + 64);
+    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64),
+         sum_bytes = 4 * round_up(a.dim, PANEL) * ldc;
+    if ((long)packed.size() < bytes + weight_bytes + sum_bytes + 64)
+      packed.resize(bytes + weight_bytes + sum_bytes + 64);
     char* memory = (char*)round_up((long)packed.data(), 64);
     Operand x = operand(queries, k, a.type, memory);
     for (long q = 0; q < queries; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
@@ -278,14 +291,18 @@ inline void attend_many(Pool& pool, const Attention& a) {
       float inverse = 1 / softmax.total[q];
       for (long d = 0; d < a.dim; d++) {
         float value = sums[d * ldc + q] * inverse;
-        if (a.type == Type::F32) ((float*)out)[d] = value;
-        else ((uint16_t*)out)[d] = to_bf16(value);
+        if (a.type == Type::F32)
+          ((float*)out)[d] = value;
+        else
+          ((uint16_t*)out)[d] = to_bf16(value);
       }
     }
   });
 }
 
 inline void attend(Pool& pool, const Attention& a) {
-  if (a.seq * a.group() <= 16) attend_few(pool, a);
-  else attend_many(pool, a);
+  if (a.seq * a.group() <= 16)
+    attend_few(pool, a);
+  else
+    attend_many(pool, a);
 }

@@ -2,13 +2,15 @@
 
 One library a *variant*: what a processor can do decides which one is built and loaded.
 
-    amx      AVX-512 with bfloat16 tiles (Intel, from Sapphire Rapids on)
-    avx512   AVX-512
-    avx2     AVX2 with FMA
-    plain    whatever the compiler takes for granted: SSE2, or NEON on 64-bit Arm
+    amx         AVX-512 with bfloat16 tiles (Intel, from Sapphire Rapids on)
+    avx512bf16  AVX-512 with products of bfloat16 pairs: AMD only, since on Intel's processors they run at
+                half the speed of float32's
+    avx512      AVX-512
+    avx2        AVX2 with FMA
+    plain       whatever the compiler takes for granted: SSE2, or NEON on 64-bit Arm
 
-A library lies in the user's cache under a name that its sources, compiler, flags and processor decide, so that
-nothing stale is ever loaded.
+A library lies in the user's cache under a name that its sources, compiler, flags and processor decide, so
+that nothing stale is ever loaded.
 """
 
 import ctypes
@@ -26,7 +28,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from qwen_moe_jax.errors import InputError
 
@@ -34,7 +35,8 @@ _SOURCES = Path(__file__).parent
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Variant -> the processor's flags (as Linux calls them) that it needs, best first.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "amx_tile", "amx_bf16"),
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512bf16": (*_AVX512, "avx512_bf16"),
     "avx512": _AVX512,
     "avx2": ("avx2", "fma"),
     "plain": (),
@@ -42,7 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # No -ffast-math: NaN and infinities are kept.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
           "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # fmt: skip
-OPERATIONS = ("rows", "linear", "experts", "delta_step", "attention")
+OPERATIONS = ("rows", "linear", "experts", "delta_step", "delta_chunks", "attention")
 # Seconds after which a compiler is given up.
 _PATIENCE = 300
 
@@ -85,20 +87,31 @@ def native_variant() -> str | None:
 
 
 def best_variant() -> str:
-    """The first variant whose flags the processor has."""
-    found = processor_flags()
-    return next(name for name, needed in VARIANTS.items() if found.issuperset(needed))
+    """The fastest variant that the processor runs."""
+    runs = [name for name, needed in VARIANTS.items() if processor_flags().issuperset(needed)]
+    if _vendor() != "AuthenticAMD" and "avx512bf16" in runs:
+        runs.remove("avx512bf16")
+    return runs[0]
 
 
 @functools.cache
 def processor_flags() -> frozenset[str]:
     """The processor's features as Linux names them; empty where that is not to be had."""
+    return frozenset(_processor("flags", "Features").split())
+
+
+def _vendor() -> str:
+    return _processor("vendor_id").strip()
+
+
+@functools.cache
+def _processor(*fields: str) -> str:
+    """What Linux says of the first processor, in the first of these fields that there is."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())
+        return ""
+    return next((line.partition(":")[2] for line in lines if line.startswith(fields)), "")
 
 
 @functools.cache
@@ -139,7 +152,8 @@ def build(variant: str, extra: tuple[str, ...] = ()) -> Path:
         BuildError: no compiler, or it failed.
     """
     compiler = _compiler()
-    flags = (*_FLAGS, *(f"-m{name.replace('_', '-')}" for name in VARIANTS[variant]), *extra)
+    spelt = (name.replace("avx512_", "avx512").replace("_", "-") for name in VARIANTS[variant])
+    flags = (*_FLAGS, *(f"-m{name}" for name in spelt), *extra)
     file = cache_folder() / f"{variant}-{_digest(compiler, flags)}.so"
     if file.is_file():
         return file
@@ -188,7 +202,7 @@ def _digest(compiler: str, flags: tuple[str, ...]) -> str:
     except OSError as error:
         raise BuildError(f"{compiler} did not run ({error}).") from error
     found = hashlib.sha256(version)
-    for part in (compiler, *flags, jaxlib.__version__, platform.machine(), *sorted(processor_flags())):
+    for part in (compiler, *flags, jax.__version__, platform.machine(), *sorted(processor_flags())):
         found.update(part.encode() + b"\0")
     for source in sorted(_SOURCES.glob("*.[hc]*")):
         found.update(source.read_bytes())

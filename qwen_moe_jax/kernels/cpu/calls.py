@@ -1,6 +1,7 @@
 """The C++ kernels as functions of arrays, with the signatures of the plain XLA forms."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,22 @@ def native_delta_step(
     return output, state
 
 
+def native_delta_chunks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    state: jax.Array,
+    variant: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule over a sequence; arguments and results as of `delta_rule_chunked`, in float32."""
+    operands = tuple(x.astype(jnp.float32) for x in (query, key, value, g, beta, state))
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (value, state)]
+    output, state = _call(variant, "delta_chunks", operands, results, aliases={5: 1})
+    return output, state
+
+
 def native_attention(
     query: jax.Array,
     key: jax.Array,
@@ -152,10 +169,14 @@ def _call(
 ) -> list[jax.Array]:
     # Results differ wherever an operand does, and JAX wants all operands typed alike.
     operands = tuple(vary_like(x, *operands) for x in operands)
-    varying = jax.sharding.ManualAxisType(varying=varying_axes(operands[0]))
+    mesh = jax.typeof(operands[0]).sharding.mesh
+    typed: dict[str, Any] = {}
+    if not mesh.empty:
+        typed["sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        typed["manual_axis_type"] = jax.sharding.ManualAxisType(varying=varying_axes(operands[0]))
     call = jax.ffi.ffi_call(
         load(variant).target(operation),
-        [jax.ShapeDtypeStruct(r.shape, r.dtype, manual_axis_type=varying) for r in results],
+        [jax.ShapeDtypeStruct(r.shape, r.dtype, **typed) for r in results],
         input_output_aliases=aliases,
     )
     return list(call(*operands, **attributes))

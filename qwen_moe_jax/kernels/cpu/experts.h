@@ -44,7 +44,8 @@ inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) 
   for (long i = 0; i < e.count; i++)
     for (long s = begin[i]; s < begin[i + 1]; s += MOST) {
       Group group{i, s, std::min(MOST, begin[i + 1] - s), inner};
-      inner += round_up(Operand::bytes(choose_way(group.count, e.down, e.type), group.count, e.down.columns), 64);
+      inner +=
+          round_up(Operand::bytes(choose_way(group.count, e.down, e.type), group.count, e.down.columns), 64);
       found.push_back(group);
     }
   return order;
@@ -53,7 +54,8 @@ inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) 
 inline float rounded(float x, Type type) { return type == Type::F32 ? x : from_bf16(to_bf16(x)); }
 inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
 
-// silu(gate) * up, each rounded where the model's dtype rounds; `count` a multiple of LANES, in place of gate.
+// silu(gate) * up, each rounded where the model's dtype rounds; `count` a multiple of LANES, in place of
+// gate.
 inline void activate(float* gate, const float* up, long count, Type type) {
   for (long i = 0; i < count; i += LANES) {
     Floats g = rounded(load<Floats>(gate + i), type), u = rounded(load<Floats>(up + i), type);
@@ -130,7 +132,8 @@ inline void run_experts(Pool& pool, const Experts& e) {
       multiply_panel(down, first, count, x, scratch.c[0], ldc);
       transpose_panel(scratch.c[0], ldc, g.count, scratch.c[1]);
       for (long t = 0; t < g.count; t++)
-        write_row(scratch.c[1] + t * PANEL, count, e.type, slot_outputs + ((g.first + t) * hidden + first) * size);
+        write_row(scratch.c[1] + t * PANEL, count, e.type,
+                  slot_outputs + ((g.first + t) * hidden + first) * size);
     }
   });
 

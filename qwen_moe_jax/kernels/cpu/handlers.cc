@@ -1,6 +1,7 @@
 // What XLA calls: arguments checked and handed on.
 #include "attention.h"
-#include "delta.h"
+#include "delta_chunks.h"
+#include "delta_step.h"
 #include "experts.h"
 #include "linear.h"
 #include "pool.h"
@@ -19,6 +20,7 @@ EXPORTED XLA_FFI_Error* qwen_moe_jax_rows(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_linear(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_experts(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_step(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_chunks(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
 
 // Whether this library may run here; asks the kernel for the tile registers where it uses them.
@@ -33,18 +35,27 @@ EXPORTED int qwen_moe_jax_ready() {
 
 static bool type_of(const ffi::AnyBuffer& buffer, Type& type) {
   switch (buffer.element_type()) {
-    case ffi::DataType::F32: type = Type::F32; return true;
-    case ffi::DataType::BF16: type = Type::BF16; return true;
-    case ffi::DataType::F8E4M3FN: type = Type::F8; return true;
-    default: return false;
+    case ffi::DataType::F32:
+      type = Type::F32;
+      return true;
+    case ffi::DataType::BF16:
+      type = Type::BF16;
+      return true;
+    case ffi::DataType::F8E4M3FN:
+      type = Type::F8;
+      return true;
+    default:
+      return false;
   }
 }
 
-static ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(std::string("qwen_moe_jax: ") + what); }
+static ffi::Error wrong(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("qwen_moe_jax: ") + what);
+}
 
 // The last two dimensions of an array are a matrix; `scales` are read of float8 only.
-static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int64_t block_rows, int64_t block_columns,
-                      bool round, Matrix& matrix) {
+static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int64_t block_rows,
+                      int64_t block_columns, bool round, Matrix& matrix) {
   auto shape = w.dimensions();
   if (shape.size() < 2 || !type_of(w, matrix.type)) return false;
   matrix.data = w.untyped_data();
@@ -63,9 +74,11 @@ static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int
 }
 
 // Rows of a table, widened; an id outside of it takes the nearest one, as XLA's lookup does.
-static ffi::Error Rows(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::Buffer<ffi::F32>> out) {
+static ffi::Error Rows(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids,
+                       ffi::Result<ffi::Buffer<ffi::F32>> out) {
   Matrix matrix;
-  if (!matrix_of(table, table, 1, 1, false, matrix) || matrix.type == Type::F8) return wrong("rows: the table");
+  if (!matrix_of(table, table, 1, 1, false, matrix) || matrix.type == Type::F8)
+    return wrong("rows: the table");
   for (size_t i = 0; i < ids.element_count(); i++) {
     long row = std::clamp((long)ids.typed_data()[i], 0L, matrix.rows - 1);
     widen(matrix, row, 0, matrix.columns, matrix.columns, out->typed_data() + i * matrix.columns);
@@ -73,11 +86,9 @@ static ffi::Error Rows(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Res
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_rows, Rows,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qwen_moe_jax_rows, Rows,
+    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
 
 // Matrices and their scales in turns; for each one a result and two numbers of `blocks`.
 static ffi::Error Linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArgs matrices,
@@ -115,9 +126,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_linear, Linear,
 
 static ffi::Error ExpertLayer(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> ids,
                               ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up, ffi::AnyBuffer up_scales,
-                              ffi::AnyBuffer down, ffi::AnyBuffer down_scales, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                              int64_t up_block_rows, int64_t up_block_columns, int64_t down_block_rows,
-                              int64_t down_block_columns, bool by_slot) {
+                              ffi::AnyBuffer down, ffi::AnyBuffer down_scales,
+                              ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t up_block_rows,
+                              int64_t up_block_columns, int64_t down_block_rows, int64_t down_block_columns,
+                              bool by_slot) {
   Experts e;
   if (!type_of(x, e.type) || e.type == Type::F8) return wrong("experts: x is float32 or bfloat16");
   bool round = e.type == Type::BF16;
@@ -159,15 +171,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
 
 using Float32s = ffi::Buffer<ffi::F32>;
 
-static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s state, Float32s query, Float32s key, Float32s value,
-                            Float32s g, Float32s beta, ffi::Result<Float32s> out, ffi::Result<Float32s> new_state) {
+static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s state, Float32s query, Float32s key,
+                            Float32s value, Float32s g, Float32s beta, ffi::Result<Float32s> out,
+                            ffi::Result<Float32s> new_state) {
   auto shape = state.dimensions();
   if (shape.size() != 4 || key.dimensions().size() != 3 || shape[1] % key.dimensions()[1])
     return wrong("delta_step: shapes");
   Pool pool(threads);
   delta_step(pool, {shape[0], shape[1], key.dimensions()[1], shape[2], shape[3], state.typed_data(),
-                    query.typed_data(), key.typed_data(), value.typed_data(), g.typed_data(), beta.typed_data(),
-                    out->typed_data(), new_state->typed_data()});
+                    query.typed_data(), key.typed_data(), value.typed_data(), g.typed_data(),
+                    beta.typed_data(), out->typed_data(), new_state->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -183,10 +196,34 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep,
                                   .Ret<Float32s>()
                                   .Ret<Float32s>());
 
-static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                         ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots, ffi::AnyBuffer k,
-                         ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_k,
-                         ffi::Result<ffi::AnyBuffer> new_v) {
+static ffi::Error DeltaChunks(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value,
+                              Float32s g, Float32s beta, Float32s state, ffi::Result<Float32s> out,
+                              ffi::Result<Float32s> new_state) {
+  auto keys = key.dimensions(), values = value.dimensions();
+  if (keys.size() != 4 || values.size() != 4 || values[2] % keys[2]) return wrong("delta_chunks: shapes");
+  Pool pool(threads);
+  delta_chunks(pool, {values[0], values[1], values[2], keys[2], keys[3], values[3], query.typed_data(),
+                      key.typed_data(), value.typed_data(), g.typed_data(), beta.typed_data(),
+                      state.typed_data(), out->typed_data(), new_state->typed_data()});
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_chunks, DeltaChunks,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Arg<Float32s>()
+                                  .Ret<Float32s>()
+                                  .Ret<Float32s>());
+
+static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                         ffi::AnyBuffer value, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
+                         ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out,
+                         ffi::Result<ffi::AnyBuffer> new_k, ffi::Result<ffi::AnyBuffer> new_v) {
   Attention a;
   auto shape = query.dimensions(), cache = k.dimensions();
   Type key_type, value_type;

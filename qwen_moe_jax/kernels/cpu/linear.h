@@ -3,17 +3,20 @@
 #include "panels.h"
 #include "pool.h"
 
-// `values`, `count` float32 numbers that are multiples of LANES apart in memory, rounded to `type`, into `out`.
+// `count` float32 numbers, rounded to `type`.
 inline void write_row(const float* values, long count, Type type, char* out) {
   if (type == Type::F32) {
     memcpy(out, values, 4 * count);
     return;
   }
-  for (long i = 0; i < count; i++) ((uint16_t*)out)[i] = to_bf16(values[i]);
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) store((uint16_t*)out + i, narrow(load<Floats>(values + i)));
+  for (; i < count; i++) ((uint16_t*)out)[i] = to_bf16(values[i]);
 }
 
 inline void pack_all(Pool& pool, const Operand& to, const char* x, Type type) {
-  long group = Operand::group(to.way), at_once = std::max(1L, 64 / group), parts = (groups(to) + at_once - 1) / at_once;
+  long group = Operand::group(to.way), at_once = std::max(1L, 64 / group),
+       parts = (groups(to) + at_once - 1) / at_once;
   pool.run(to.tokens * to.depth < 65536 ? std::min(parts, 1L) : parts, [&](long part) {
     bool alone = to.tokens * to.depth < 65536;
     long begin = alone ? 0 : part * at_once, end = alone ? groups(to) : std::min(groups(to), begin + at_once);
@@ -30,7 +33,8 @@ struct Product {
 
 // x [tokens, depth] of x_type times the transpose of every matrix. They share threads, so that small matrices
 // cost little beside large ones.
-inline void linear(Pool& pool, const char* x, Type x_type, long tokens, const std::vector<Product>& products) {
+inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
+                   const std::vector<Product>& products) {
   long depth = products[0].w.columns, bytes = 0;
   size_t room = 0;
   for (const Product& p : products) {

@@ -101,7 +101,8 @@ class Pool {
   xla::ffi::ThreadPool& threads_;
 };
 
-// Memory that outlives the call, to be used by the next one: fresh pages cost more than what is written to them.
+// Memory that outlives the call, to be used by the next one: fresh pages cost more than what is written to
+// them.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {

@@ -58,6 +58,8 @@ inline Words round_bf16(Floats x) {
   return x == x ? rounded : (bits | 0x00400000u) & 0xffff0000u;
 }
 
+inline Halves narrow(Floats x) { return __builtin_convertvector(round_bf16(x) >> 16, Halves); }
+
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -5,10 +5,10 @@
 
 struct DeltaStepArguments {
   long batch, heads, key_heads, key_dim, value_dim;
-  const float *state;                              // [batch, heads, key_dim, value_dim]
-  const float *query, *key;                        // [batch, key_heads, key_dim]
-  const float *value, *g, *beta;                   // [batch, heads, value_dim]; [batch, heads]
-  float *out, *new_state;                          // [batch, heads, value_dim]; may be the memory of state
+  const float* state;             // [batch, heads, key_dim, value_dim]
+  const float *query, *key;       // [batch, key_heads, key_dim]
+  const float *value, *g, *beta;  // [batch, heads, value_dim]; [batch, heads]
+  float *out, *new_state;         // [batch, heads, value_dim]; may be the memory of state
 };
 
 // Columns of a head's state, VECTORS * LANES of them or the last few.

@@ -1,0 +1,198 @@
+// The innermost products, one for each way: a few rows of a matrix times a few tokens.
+#pragma once
+#include "operand.h"
+
+#if defined(HAS_TILES)
+#include <immintrin.h>
+#endif
+
+constexpr long PANEL = 32;
+constexpr long AHEAD = 16384;  // bytes that are fetched ahead of those being read, into the second cache
+constexpr long TOKENS = 512;   // most tokens a panel is multiplied with at once
+// Of a step along k. In float32 sums of steps are added up, which loses less than one long sum.
+constexpr long FMA_DEPTH = 128, TILE_DEPTH = 1024;
+
+// --- DOT
+
+template <int ROWS, int COUNT, bool PAIRS>
+inline void dot_rows(const char* const* w, const char* const* ahead, const float* x, long stride, long depth,
+                     float* c, long ldc) {
+  constexpr int SETS = PAIRS && ROWS * COUNT <= 8 ? 2 : 1;  // enough independent sums to hide the latency
+  Floats total[ROWS][COUNT][SETS] = {};
+  auto step = [&](long k, const Words* words) {
+    if constexpr (PAIRS) {
+      for (int m = 0; m < COUNT; m++) {
+        Floats x0 = load<Floats>(x + m * stride + k), x1 = load<Floats>(x + m * stride + k + LANES);
+        for (int r = 0; r < ROWS; r++) {
+          total[r][m][0] += first_of_pair(words[r]) * x0;
+          total[r][m][SETS - 1] += second_of_pair(words[r]) * x1;
+        }
+      }
+    } else {
+      for (int m = 0; m < COUNT; m++) {
+        Floats x0 = load<Floats>(x + m * stride + k);
+        for (int r = 0; r < ROWS; r++) total[r][m][0] += (Floats)words[r] * x0;
+      }
+    }
+  };
+  constexpr long STEP = PAIRS ? 2 * LANES : LANES, SIZE = PAIRS ? 2 : 4;
+  long k = 0;
+  for (; k + STEP <= depth; k += STEP) {
+    Words words[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      __builtin_prefetch(ahead[r] + k * SIZE, 0, 2);
+      words[r] = load<Words>(w[r] + k * SIZE);
+    }
+    step(k, words);
+  }
+  if (k < depth) {
+    Words words[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      words[r] = Words{};
+      memcpy(&words[r], w[r] + k * SIZE, (depth - k) * SIZE);
+    }
+    step(k, words);
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int m = 0; m < COUNT; m++)
+      c[r * ldc + m] = sum(SETS == 2 ? total[r][m][0] + total[r][m][1] : total[r][m][0]);
+}
+
+constexpr int rows_at_once(int count) { return LANES == 16 ? (count == 4 ? 4 : 2) : (count <= 4 ? 2 : 1); }
+
+template <int COUNT, bool PAIRS>
+inline void dot_panel(const Operand& x, long first_token, const char* const* rows, long count, long ahead,
+                      float* c, long ldc) {
+  constexpr int ROWS = rows_at_once(COUNT);
+  long stride = Operand::padded_depth(Way::DOT, x.depth);
+  const float* from = (const float*)x.data + first_token * stride;
+  for (long r = 0; r < count; r += ROWS) {  // a last group runs over into rows that repeat the last one
+    dot_rows<ROWS, COUNT, PAIRS>(rows + r, rows + r + ahead, from, stride, x.depth, c + r * ldc + first_token,
+                                 ldc);
+  }
+}
+
+template <bool PAIRS>
+inline void dot_all(const Operand& x, const char* const* rows, long count, long ahead, float* c, long ldc) {
+  long t = 0;
+  for (; t + 8 <= x.tokens; t += 8) dot_panel<8, PAIRS>(x, t, rows, count, ahead, c, ldc);
+  if (t + 4 <= x.tokens) dot_panel<4, PAIRS>(x, t, rows, count, ahead, c, ldc), t += 4;
+  if (t + 2 <= x.tokens) dot_panel<2, PAIRS>(x, t, rows, count, ahead, c, ldc), t += 2;
+  if (t < x.tokens) dot_panel<1, PAIRS>(x, t, rows, count, ahead, c, ldc);
+}
+
+// --- FMA
+
+constexpr long FMA_ROWS = LANES == 16 ? 8 : 4;
+
+// C[r][v * LANES ..] (+)= sum_k w[r * row_stride + k * k_stride] * x[v * x_vector + k * x_k ..], FMA_ROWS
+// rows.
+template <int VECTORS>
+inline void fma_block(const float* w, long row_stride, long k_stride, const float* x, long x_vector, long x_k,
+                      long depth, bool add, float* c, long ldc) {
+  Floats total[FMA_ROWS][VECTORS];
+  for (long r = 0; r < FMA_ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) total[r][v] = Floats{};
+  for (long k = 0; k < depth; k++) {
+    Floats tokens[VECTORS];
+    for (int v = 0; v < VECTORS; v++) tokens[v] = load<Floats>(x + v * x_vector + k * x_k);
+    for (long r = 0; r < FMA_ROWS; r++)
+      for (int v = 0; v < VECTORS; v++) total[r][v] += w[r * row_stride + k * k_stride] * tokens[v];
+  }
+  for (long r = 0; r < FMA_ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) {
+      float* to = c + r * ldc + v * LANES;
+      store(to, add ? load<Floats>(to) + total[r][v] : total[r][v]);
+    }
+}
+
+// The same for any number of vectors, and of rows that is a multiple of FMA_ROWS.
+inline void fma_rows(const float* w, long row_stride, long k_stride, const float* x, long x_vector, long x_k,
+                     long depth, bool add, float* c, long ldc, long rows, long vectors) {
+  for (long v = 0; v < vectors; v += 3)
+    for (long r = 0; r < rows; r += FMA_ROWS) {
+      const float *from = w + r * row_stride, *part = x + v * x_vector;
+      float* to = c + r * ldc + v * LANES;
+      long some = std::min(3L, vectors - v);
+      if (some == 3)
+        fma_block<3>(from, row_stride, k_stride, part, x_vector, x_k, depth, add, to, ldc);
+      else if (some == 2)
+        fma_block<2>(from, row_stride, k_stride, part, x_vector, x_k, depth, add, to, ldc);
+      else
+        fma_block<1>(from, row_stride, k_stride, part, x_vector, x_k, depth, add, to, ldc);
+    }
+}
+
+// --- TILES
+
+#if defined(__AMX_BF16__)
+constexpr long TILE_VECTORS = 2;  // of 16 tokens at once
+constexpr long TILE_COPIED = 4;   // vectors up to which a panel is read where it lies
+
+struct TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A panel's 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 16 * VECTORS tokens.
+template <int VECTORS>
+inline void tile_block(const char* w, long stride, long step, const char* x, long x_stride, long depth,
+                       bool add, float* c, long ldc) {
+  if (add) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + 16 * ldc, ldc * 4);
+    if (VECTORS == 2) _tile_loadd(2, c + 16, ldc * 4);
+    if (VECTORS == 2) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (VECTORS == 2) _tile_zero(2);
+    if (VECTORS == 2) _tile_zero(3);
+  }
+  for (long k = 0; k < depth; k += 32) {
+    const char* from = w + k / 32 * step;
+    _tile_loadd(4, from, stride);
+    _tile_loadd(6, x + k * 32, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, from + 16 * stride, stride);
+    _tile_dpbf16ps(1, 5, 6);
+    if (VECTORS == 2) {
+      _tile_loadd(7, x + x_stride + k * 32, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16 * ldc, ldc * 4);
+  if (VECTORS == 2) _tile_stored(2, c + 16, ldc * 4);
+  if (VECTORS == 2) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+#elif defined(HAS_TILES)
+constexpr long TILE_VECTORS = 3;
+constexpr long TILE_COPIED = 1L << 60;
+
+template <int VECTORS>
+inline void tile_block(const char* w, long stride, long step, const char* x, long x_stride, long depth,
+                       bool add, float* c, long ldc) {
+  constexpr long ROWS = 8;
+  for (long r = 0; r < PANEL; r += ROWS) {
+    __m512 total[ROWS][VECTORS];
+    for (long i = 0; i < ROWS; i++)
+      for (int v = 0; v < VECTORS; v++)
+        total[i][v] = add ? _mm512_loadu_ps(c + (r + i) * ldc + v * 16) : _mm512_setzero_ps();
+    for (long k = 0; k < depth; k += 2) {
+      __m512bh tokens[VECTORS];
+      for (int v = 0; v < VECTORS; v++) tokens[v] = (__m512bh)_mm512_loadu_si512(x + v * x_stride + k * 32);
+      for (long i = 0; i < ROWS; i++) {
+        int pair;
+        memcpy(&pair, w + (r + i) * stride + k / 32 * step + k % 32 * 2, 4);
+        for (int v = 0; v < VECTORS; v++)
+          total[i][v] = _mm512_dpbf16_ps(total[i][v], tokens[v], (__m512bh)_mm512_set1_epi32(pair));
+      }
+    }
+    for (long i = 0; i < ROWS; i++)
+      for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + (r + i) * ldc + v * 16, total[i][v]);
+  }
+}
+#endif

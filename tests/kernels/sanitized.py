@@ -1,0 +1,50 @@
+"""Runs the C++ kernels, built with sanitizers, over the random cases; `test_cpu_build.py` starts it.
+
+LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python tests/kernels/sanitized.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.cpu_kernels import (
+    CHUNK_SHAPES,
+    DELTA_SHAPES,
+    attention_cases,
+    check_attention,
+    check_delta_chunks,
+    check_delta_step,
+    check_experts,
+    check_linear,
+    delta_case,
+    expert_cases,
+    linear_cases,
+)
+
+from qwen_moe_jax.kernels.cpu import build
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1")
+
+
+def main() -> None:
+    """Every variant that this processor runs; a finding ends the process."""
+    build._FLAGS = (*build._FLAGS, *SANITIZERS)
+    for variant, needed in build.VARIANTS.items():
+        if not build.processor_flags().issuperset(needed):
+            continue
+        for case in linear_cases(seed=101, count=60):
+            check_linear(*case, variant)
+        for index, given in enumerate(expert_cases(seed=102, count=24)):
+            check_experts(given, variant, by_slot=index % 2 == 1)
+        for shape in DELTA_SHAPES:
+            check_delta_step(delta_case(103, *shape), variant)
+        for shape in CHUNK_SHAPES:
+            check_delta_chunks(shape, variant)
+        for given in attention_cases(seed=104, count=24):
+            check_attention(given, variant)
+        print(f"{variant}: clean", flush=True)
+
+
+if __name__ == "__main__":
+    main()
