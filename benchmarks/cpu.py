@@ -72,15 +72,20 @@ class Ours:
             return out.usage.prefill_seconds
         import jax
 
+        from qwen_moe_jax.generation.engine import Sampler
         from qwen_moe_jax.generation.options import GenerationConfig
-        from qwen_moe_jax.generation.running import Generation
-        from qwen_moe_jax.generation.sampling import SamplingPlan
-        from qwen_moe_jax.generation.stopping import Row
+        from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 
         engine = self.model.engine
-        config = GenerationConfig(max_new_tokens=job.steps + 1, num_return_sequences=job.batch)
-        sampler = Generation(engine, [ids[0]], [Row.__new__(Row)] * job.batch, config, [])._sampler
+        config = GenerationConfig(max_new_tokens=job.steps + 1)
         plan = SamplingPlan.of(config)
+        sampler = Sampler(
+            params=SamplingParams.of(config, job.batch),
+            seeds=np.zeros(job.batch, np.uint32),
+            sequence_index=np.arange(job.batch, dtype=np.uint32),
+            eos_ids=np.asarray([-1], np.int32),
+            prompt_mask=None,
+        )
         cache, last = engine.prefill([ids[0]], job.steps + 1)
         if job.batch > 1:
             cache, last = engine.repeat(cache, last, job.batch)
@@ -118,7 +123,7 @@ class Transformers:
                 return time.perf_counter() - start
             cache = out.past_key_values
             if job.batch > 1:
-                cache.batch_repeat_interleave(job.batch)
+                cache.reorder_cache(self.torch.zeros(job.batch, dtype=self.torch.long))
             token = self.torch.as_tensor(first)[:, None]
             start = time.perf_counter()
             for _ in range(job.steps):
@@ -220,7 +225,7 @@ class Llama:
                 size = ["-p", "0", "-n", str(job.steps), "-d", str(job.prompt)]
             rows = json.loads(self._start("llama-bench", *common, *size, "-r", "1", "-o", "json"))
             return job.tokens / rows[0]["avg_ts"]
-        room = job.batch * (job.prompt + job.steps)
+        room = job.prompt + job.batch * job.steps
         size = ["-npp", str(job.prompt), "-ntg", str(job.steps), "-npl", str(job.batch), "-c", str(room)]
         lines = self._start("llama-batched-bench", *common, *size, "-pps", "--output-format", "jsonl")
         row = next(json.loads(line) for line in lines.splitlines() if line.startswith("{"))

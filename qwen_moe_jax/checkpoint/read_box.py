@@ -21,6 +21,7 @@ import numpy as np
 
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, StoredTensor, all_finite
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.kernels.cpu.build import copy_finite
 
 Box = tuple[slice, ...]
 # tensor, box of it, destination of the box's shape
@@ -164,6 +165,10 @@ def _copy(content: np.ndarray, tensor: StoredTensor, target: np.ndarray) -> bool
     stored = READABLE_DTYPES[tensor.dtype]
     strides = [stored.itemsize * prod(tensor.shape[d + 1 :]) for d in range(target.ndim)]
     values = np.lib.stride_tricks.as_strided(content.view(stored), target.shape, strides, writeable=False)
+    if stored == target.dtype and values.flags.c_contiguous and target.flags.c_contiguous:
+        finite = copy_finite(target, values)
+        if finite is not None:
+            return finite
     if stored == target.dtype:
         # as plain integers: NumPy copies elements of other packages' dtypes one by one
         plain = np.dtype(f"u{stored.itemsize}")

@@ -134,10 +134,12 @@ def whole_decoder(
     config: ModelConfig, policy: DtypePolicy, kernels: Kernels
 ) -> tuple[Decoder, dict[str, Target]]:
     """The abstract decoder of one device, and what its parameters are read as."""
-    structs = named_parameters(abstract_decoder(config, policy, kernels))
-    targets = {name: whole(name, struct) for name, struct in structs.items()}
+    decoder = abstract_decoder(config, policy, kernels)
+    targets = {name: whole(name, struct) for name, struct in named_parameters(decoder).items()}
     targets, blocks = with_scales(targets, parameter_shapes(config))
-    return abstract_decoder(config, policy, kernels, blocks=blocks), targets
+    if blocks:
+        decoder = abstract_decoder(config, policy, kernels, blocks=blocks)
+    return decoder, targets
 
 
 def with_stored_scales(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> dict[str, Any]:

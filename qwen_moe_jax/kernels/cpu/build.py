@@ -28,6 +28,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from qwen_moe_jax.errors import InputError
 
@@ -61,11 +62,13 @@ class Library:
         variant: a key of `VARIANTS`.
         file: it was loaded from.
         prefix: of the names its operations are registered under.
+        functions: of the library.
     """
 
     variant: str
     file: Path
     prefix: str
+    functions: ctypes.CDLL
 
     def target(self, operation: str) -> str:
         """What `jax.ffi.ffi_call` calls the operation."""
@@ -84,6 +87,25 @@ def native_variant() -> str | None:
             stacklevel=2,
         )
         return None
+
+
+def copy_finite(to: np.ndarray, values: np.ndarray) -> bool | None:
+    """Copies contiguous values by the C++ library: whether all are finite.
+
+    Args:
+        to: contiguous, of the same size in bytes; is written.
+        values: contiguous, float32, bfloat16 or float8_e4m3fn.
+
+    Returns:
+        None, and nothing is copied, where there is no library.
+    """
+    variant = native_variant()
+    if variant is None:
+        return None
+    function = load(variant).functions.qwen_moe_jax_copy_finite
+    size = ctypes.c_long(values.nbytes)
+    sources = ctypes.c_void_p(values.ctypes.data)
+    return bool(function(ctypes.c_void_p(to.ctypes.data), sources, size, ctypes.c_int(values.itemsize)))
 
 
 def best_variant() -> str:
@@ -138,7 +160,7 @@ def load(variant: str) -> Library:
     for operation in OPERATIONS:
         handler = jax.ffi.pycapsule(getattr(library, f"qwen_moe_jax_{operation}"))
         jax.ffi.register_ffi_target(f"{prefix}_{operation}", handler, platform="cpu")
-    return Library(variant, file, prefix)
+    return Library(variant, file, prefix, library)
 
 
 def build(variant: str, extra: tuple[str, ...] = ()) -> Path:

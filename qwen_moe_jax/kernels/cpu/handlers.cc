@@ -1,5 +1,6 @@
 // What XLA calls: arguments checked and handed on.
 #include "attention.h"
+#include "copy.h"
 #include "delta_chunks.h"
 #include "delta_step.h"
 #include "experts.h"
@@ -31,6 +32,11 @@ EXPORTED int qwen_moe_jax_ready() {
 #else
   return 1;
 #endif
+}
+
+// Called by the reader of checkpoints, not by XLA; `size` is an element's.
+EXPORTED int qwen_moe_jax_copy_finite(char* to, const char* from, long bytes, int size) {
+  return copy_finite(to, from, bytes, size == 4 ? Type::F32 : size == 2 ? Type::BF16 : Type::F8);
 }
 
 static bool type_of(const ffi::AnyBuffer& buffer, Type& type) {

@@ -79,11 +79,12 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
       const Product& product = products[runs[i].product];
       const Operand& all = *operands[runs[i].product];
       long size = size_of(product.type), rows = product.w.rows;
-      for (long panel = runs[i].begin; panel < runs[i].end; panel++) {
-        long first = panel * PANEL, count = std::min(PANEL, rows - first);
-        for (long t = 0; t < tokens; t += TOKENS) {
-          Operand some = all.from(t, std::min(TOKENS, tokens - t));
-          long ldc = all.way == Way::DOT ? 8 : round_up(some.tokens, LANES);
+      // the tokens of a round stay in the second cache
+      for (long t = 0; t < tokens; t += TOKENS) {
+        Operand some = all.from(t, std::min(TOKENS, tokens - t));
+        long ldc = all.way == Way::DOT ? 8 : round_up(some.tokens, LANES);
+        for (long panel = runs[i].begin; panel < runs[i].end; panel++) {
+          long first = panel * PANEL, count = std::min(PANEL, rows - first);
           multiply_panel(product.w, first, count, some, c, ldc);
           char* to = product.out + (t * rows + first) * size;
           if (all.way == Way::DOT) {

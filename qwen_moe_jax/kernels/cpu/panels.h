@@ -7,10 +7,14 @@
 #include "products.h"
 
 #if defined(HAS_TILES)
-// Elements k .. k + depth of a row in bfloat16, 32 of them every PANEL * 64 bytes, zeros up to a multiple
+// Bytes between the tiles of a copied panel: a line more than they take, so that they lie in different places
+// of the first cache.
+constexpr long TILE_STEP = PANEL * 64 + 64;
+
+// Elements k .. k + depth of a row in bfloat16, 32 of them every TILE_STEP bytes, zeros up to a multiple
 // of 32.
 inline void copy_for_tiles(const Matrix& w, long row, long k, long depth, char* to) {
-  for (long i = 0; i < depth; i += 32, to += PANEL * 64) {
+  for (long i = 0; i < depth; i += 32, to += TILE_STEP) {
     long some = std::min(32L, depth - i);
     if (w.type == Type::BF16) {
       const char* from = w.row(row) + 2 * (k + i);
@@ -27,12 +31,14 @@ inline void copy_for_tiles(const Matrix& w, long row, long k, long depth, char* 
     }
   }
 }
+#else
+constexpr long TILE_STEP = 0;
 #endif
 
 // Scratch of a thread for one panel: the panel widened, and room for C of up to TOKENS tokens.
 struct PanelScratch {
   alignas(64) float c[2][PANEL * TOKENS];  // two, for the halves of an MLP's first product
-  alignas(64) char panel[PANEL * std::max(4 * FMA_DEPTH, 2 * TILE_DEPTH)];
+  alignas(64) char panel[std::max(PANEL * 4 * FMA_DEPTH, TILE_DEPTH / 32 * TILE_STEP)];
 
   static PanelScratch& mine() {
     static thread_local std::unique_ptr<PanelScratch> own;
@@ -88,14 +94,12 @@ inline void tile_product(const Matrix& w, long first, long count, const Operand&
     long depth = std::min(TILE_DEPTH, x.depth - k), whole = round_up(depth, 32);
     const char* panel = w.row(first) + 2 * k;
     long stride = w.stride, step = 64;
-    // For more than a few tokens it pays to copy the panel: rows a power of two apart share few places in the
-    // first cache.
-    if (w.type != Type::BF16 || count < PANEL || depth % 32 || groups(x) > TILE_COPIED) {
+    if (w.type != Type::BF16 || count < PANEL || depth % 32) {
       char* copy = PanelScratch::mine().panel;
       for (long r = 0; r < PANEL; r++)
         copy_for_tiles(w, first + std::min(r, count - 1), k, depth, copy + r * 64);
       panel = copy;
-      stride = 64, step = PANEL * 64;
+      stride = 64, step = TILE_STEP;
     }
     for (long g = 0; g < groups(x); g += MOST) {
       const char* from = x.data + (g * padded + k) * 32;

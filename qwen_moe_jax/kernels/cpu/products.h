@@ -127,7 +127,6 @@ inline void fma_rows(const float* w, long row_stride, long k_stride, const float
 
 #if defined(__AMX_BF16__)
 constexpr long TILE_VECTORS = 2;  // of 16 tokens at once
-constexpr long TILE_COPIED = 4;   // vectors up to which a panel is read where it lies
 
 struct TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -170,7 +169,6 @@ inline void tile_block(const char* w, long stride, long step, const char* x, lon
 }
 #elif defined(HAS_TILES)
 constexpr long TILE_VECTORS = 3;
-constexpr long TILE_COPIED = 1L << 60;
 
 template <int VECTORS>
 inline void tile_block(const char* w, long stride, long step, const char* x, long x_stride, long depth,
