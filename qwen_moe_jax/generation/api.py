@@ -102,8 +102,9 @@ class QwenMoe:
         Args:
             path: a local folder in Hugging Face or Orbax layout, or a hub id where huggingface_hub is
                 installed and can reach it.
-            dtype: jnp.float32, jnp.bfloat16, or "auto" for the checkpoint's own. On CPU large matrices
-                are held in float32 either way (see `model/linear.py`); the results are the dtype's.
+            dtype: jnp.float32, jnp.bfloat16, or "auto" for the checkpoint's own. On a CPU without the C++
+                kernels large matrices are held in float32 either way (see `model/linear.py`); the results are
+                the dtype's.
             mesh: from `make_mesh`; None means the default device.
             shared_expert: how the shared expert is divided: "prescaled", "outside", "sharded", "fused" (see
                 `parallel/expert_dispatch.py`), or "auto", which measures them on this mesh and takes the

@@ -16,6 +16,7 @@ from qwen_moe_jax.cli import main
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import DEVICES, find_device
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.parallel.memory import USABLE, device_memory
 
 SEED = 22
@@ -130,7 +131,7 @@ def test_a_model_describes_itself(load: Callable[[], QwenMoe]) -> None:
     mode = "sharded" if model.layout else "outside"
     for part in (
         f"computes in {model.dtype}",
-        "held in float32",
+        f"held in {held_dtype(model.dtype, model.kernels)}",
         f"shared expert {mode}",
         "routed experts",
         "H100",

@@ -83,14 +83,12 @@ struct Softmax {
 
 // out[q][dim] += sum_k weights[k][ldc] * value[k][dim], for up to 8 queries; `out` holds, for bfloat16, first
 // elements of pairs and second ones apart as LANES each.
-template <bool PAIRS>
+template <bool PAIRS, int COUNT>
 inline void add_values(const Matrix& v, long first, long count, const float* weights, long ldc, long queries,
                        float* out, long stride) {
   constexpr long WIDE = 2 * LANES, SIZE = PAIRS ? 2 : 4;
   for (long d = 0; d < v.columns; d += WIDE) {
-    Floats total[8][2];
-    for (long q = 0; q < queries; q++)
-      for (int i = 0; i < 2; i++) total[q][i] = load<Floats>(out + q * stride + d + i * LANES);
+    Floats total[COUNT][2] = {};  // columns behind `queries` are computed and not used
     bool whole = d + WIDE <= v.columns;
     for (long k = 0; k < count; k++) {
       const char* row = v.row(first + k) + d * SIZE;
@@ -107,16 +105,36 @@ inline void add_values(const Matrix& v, long first, long count, const float* wei
       } else {
         part[0] = load<Floats>(row), part[1] = load<Floats>(row + 4 * LANES);
       }
-#pragma GCC unroll 8
-      for (long q = 0; q < 8; q++) {
-        if (q >= queries) break;
+      for (int q = 0; q < COUNT; q++) {
         total[q][0] += weights[k * ldc + q] * part[0];
         total[q][1] += weights[k * ldc + q] * part[1];
       }
     }
     for (long q = 0; q < queries; q++)
-      for (int i = 0; i < 2; i++) store(out + q * stride + d + i * LANES, total[q][i]);
+      for (int i = 0; i < 2; i++) {
+        float* to = out + q * stride + d + i * LANES;
+        store(to, load<Floats>(to) + total[q][i]);
+      }
   }
+}
+
+template <bool PAIRS>
+inline void add_some_values(const Matrix& v, long first, long count, const float* weights, long ldc,
+                            long queries, float* out, long stride) {
+  if (queries == 1)
+    add_values<PAIRS, 1>(v, first, count, weights, ldc, queries, out, stride);
+  else if (queries == 2)
+    add_values<PAIRS, 2>(v, first, count, weights, ldc, queries, out, stride);
+  else if (queries <= 4)
+    add_values<PAIRS, 4>(v, first, count, weights, ldc, queries, out, stride);
+  else
+    add_values<PAIRS, 8>(v, first, count, weights, ldc, queries, out, stride);
+}
+
+// Rows of keys or values on their way into the second cache, while others are being looked at.
+inline void fetch_rows(const Matrix& m, long first, long count) {
+  for (long r = first; r < first + count; r++)
+    for (long i = 0; i < m.columns * size_of(m.type); i += 64) __builtin_prefetch(m.row(r) + i, 0, 2);
 }
 
 // Few queries a key head (decode): keys are divided among tasks, whose results are merged.
@@ -158,6 +176,8 @@ inline void attend_few(Pool& pool, const Attention& a) {
     float* scores = PanelScratch::mine().c[0];
     for (long first = begin; first < end; first += KEYS) {
       long count = std::min(KEYS, end - first);
+      fetch_rows(v, first, count);
+      fetch_rows(k, first + count, std::min(KEYS, end - first - count));
       for (long p = 0; p < count; p += PANEL)
         multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
       for (long i = 0; i < count; i++)  // columns that no query has
@@ -168,9 +188,9 @@ inline void attend_few(Pool& pool, const Attention& a) {
       for (long q = 0; q < queries; q += 8) {
         long some = std::min(8L, queries - q);
         if (pairs)
-          add_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+          add_some_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
         else
-          add_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
+          add_some_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
       }
     }
     for (long q = 0; q < queries; q++) tops[q] = softmax.top[q], totals[q] = softmax.total[q];

@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
           "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # fmt: skip
 OPERATIONS = ("rows", "linear", "experts", "delta_step", "delta_chunks", "attention")
+_loaded: list["Library"] = []
 # Seconds after which a compiler is given up.
 _PATIENCE = 300
 
@@ -97,12 +98,11 @@ def copy_finite(to: np.ndarray, values: np.ndarray) -> bool | None:
         values: contiguous, float32, bfloat16 or float8_e4m3fn.
 
     Returns:
-        None, and nothing is copied, where there is no library.
+        None, and nothing is copied, where no library was loaded (for a model on a CPU one was).
     """
-    variant = native_variant()
-    if variant is None:
+    if not _loaded:
         return None
-    function = load(variant).functions.qwen_moe_jax_copy_finite
+    function = _loaded[-1].functions.qwen_moe_jax_copy_finite
     size = ctypes.c_long(values.nbytes)
     sources = ctypes.c_void_p(values.ctypes.data)
     return bool(function(ctypes.c_void_p(to.ctypes.data), sources, size, ctypes.c_int(values.itemsize)))
@@ -160,7 +160,8 @@ def load(variant: str) -> Library:
     for operation in OPERATIONS:
         handler = jax.ffi.pycapsule(getattr(library, f"qwen_moe_jax_{operation}"))
         jax.ffi.register_ffi_target(f"{prefix}_{operation}", handler, platform="cpu")
-    return Library(variant, file, prefix, library)
+    _loaded.append(Library(variant, file, prefix, library))
+    return _loaded[-1]
 
 
 def build(variant: str, extra: tuple[str, ...] = ()) -> Path:
