@@ -59,10 +59,10 @@ class Job:
 class Ours:
     """This library: prefill through `generate`, decoding through the functions that it runs."""
 
-    def __init__(self, folder: Path, dtype: str, threads: int):
+    def __init__(self, folder: Path, dtype: str, threads: int, kernels: str):
         from qwen_moe_jax import QwenMoe
 
-        self.model = QwenMoe.from_pretrained(folder, dtype=dtype, compilation_cache=None)
+        self.model = QwenMoe.from_pretrained(folder, dtype=dtype, kernels=kernels, compilation_cache=None)
         self.vocab_size = self.model.config.vocab_size
         self.prefilled: tuple[int, Any] = (0, None)
 
@@ -102,7 +102,7 @@ class Ours:
 class Transformers:
     """The PyTorch reference through bare forward calls, without the overhead of its `generate`."""
 
-    def __init__(self, folder: Path, dtype: str, threads: int):
+    def __init__(self, folder: Path, dtype: str, threads: int, kernels: str):
         import torch
         from transformers import Qwen3_5MoeForCausalLM
         from transformers.utils import logging
@@ -142,7 +142,7 @@ def _status(process: int, field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _serve(library: str, folder: Path, dtype: str, threads: int) -> int:
+def _serve(library: str, args: argparse.Namespace) -> int:
     """The worker: one job a line on stdin, its seconds on stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
@@ -151,7 +151,7 @@ def _serve(library: str, folder: Path, dtype: str, threads: int) -> int:
     else:
         import qwen_moe_jax.generation.api  # noqa: F401
     before, start = _status(os.getpid(), "VmRSS"), time.perf_counter()
-    runner = LIBRARIES[library](folder, dtype, threads)
+    runner = LIBRARIES[library](args.checkpoint, args.dtype, args.threads, args.kernels)
     loaded = time.perf_counter() - start
     held, peak = (_status(os.getpid(), field) - before for field in ("VmRSS", "VmHWM"))
     print(json.dumps({"load": loaded, "held": held, "load_peak": peak}), file=answers, flush=True)
@@ -171,6 +171,7 @@ class Worker:
         self.name = library if library == OURS else f"{library} {dtype}"
         self.dtype = dtype
         options = ["--serve", library, "--dtype", dtype, "--threads", str(args.threads)]
+        options += ["--kernels", args.kernels]
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(args.checkpoint), *options],
             stdin=subprocess.PIPE,
@@ -393,6 +394,7 @@ def main() -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="folder, as make_checkpoint.py writes")
     parser.add_argument("--transformers", nargs="*", default=["bfloat16"], metavar="DTYPE")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "xla"), help="of this library")
     parser.add_argument("--llama", type=Path, help="folder of llama-bench and llama-batched-bench")
     parser.add_argument("--gguf", type=Path, help="the checkpoint for llama.cpp, in bf16")
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048, 8192], metavar="TOKENS")
@@ -406,7 +408,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return _serve(args.serve, args.checkpoint, args.dtype, args.threads)
+        return _serve(args.serve, args)
     if (args.llama is None) != (args.gguf is None):
         parser.error("--llama and --gguf go together")
 

@@ -227,8 +227,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
 
 // Many queries a key head (prefill): queries are divided among tasks, values transposed once for all of them.
 inline void attend_many(Pool& pool, const Attention& a) {
-  long group = a.group(), at_once = std::max(1L, QUERIES / group), blocks = (a.seq + at_once - 1) / at_once;
-  if (group > QUERIES) at_once = 0;  // cannot be: the caller looks
+  long group = a.group(), at_once = QUERIES / group, blocks = (a.seq + at_once - 1) / at_once;
   long longest = 0;
   for (long i = 0; i < a.batch * a.seq; i++) longest = std::max(longest, a.last(0, i) + 1);
   long columns = round_up(longest, KEYS), size = size_of(a.cache_type), heads = a.batch * a.kv_heads;

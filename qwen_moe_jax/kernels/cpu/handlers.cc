@@ -240,6 +240,7 @@ static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::Any
     return wrong("attention: keys and values are of the queries' dtype, and both caches of one");
   if (shape.size() != 4 || cache.size() != 4 || shape[2] % cache[2] || shape[3] != cache[3])
     return wrong("attention: shapes");
+  if (shape[2] / cache[2] > QUERIES) return wrong("attention: more query heads a key head than a task takes");
   a.batch = shape[0], a.seq = shape[1], a.heads = shape[2], a.dim = shape[3];
   a.capacity = cache[1], a.kv_heads = cache[2];
   a.query = (const char*)query.untyped_data();
