@@ -1,6 +1,6 @@
 """Runs the C++ kernels, built with sanitizers, over the random cases; `test_cpu_build.py` starts it.
 
-LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python tests/kernels/sanitized.py
+It needs g++'s libasan.so and libstdc++.so.6 in LD_PRELOAD, and ASAN_OPTIONS=detect_leaks=0.
 """
 
 import sys
@@ -33,15 +33,15 @@ def main() -> None:
     for variant, needed in build.VARIANTS.items():
         if not build.processor_flags().issuperset(needed):
             continue
-        for case in linear_cases(seed=101, count=60):
+        for case in linear_cases(seed=101, count=25):
             check_linear(*case, variant)
-        for index, given in enumerate(expert_cases(seed=102, count=24)):
+        for index, given in enumerate(expert_cases(seed=102, count=10)):
             check_experts(given, variant, by_slot=index % 2 == 1)
         for shape in DELTA_SHAPES:
             check_delta_step(delta_case(103, *shape), variant)
         for shape in CHUNK_SHAPES:
             check_delta_chunks(shape, variant)
-        for given in attention_cases(seed=104, count=24):
+        for given in attention_cases(seed=104, count=10):
             check_attention(given, variant)
         print(f"{variant}: clean", flush=True)
 
