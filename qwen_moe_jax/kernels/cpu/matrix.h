@@ -46,31 +46,27 @@ inline void widen(const Matrix& w, long row, long begin, long count, long padded
     }
     for (; i < count; i++) out[i] = from_bf16(from[i]);
   } else {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
     const uint8_t* from = (const uint8_t*)w.row(row) + begin;
     const float* scales = w.scales + row / w.block_rows * w.scales_across();
+    auto values = [&](const uint8_t* bytes, float scale) {
+      Floats value = from_float8(widen_bytes(bytes)) * scale;
+      if (!w.round) return value;
+      // to bfloat16; the values are finite
+      Words bits = (Words)value;
+      return (Floats)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+    };
     while (i < count) {
-      long block = (begin + i) / w.block_columns;
-      float scale = scales[block];
-      long end = std::min(count, (block + 1) * w.block_columns - begin);
-      for (; i < end; i += LANES) {
+      long block = (begin + i) / w.block_columns,
+           end = std::min(count, (block + 1) * w.block_columns - begin);
+      for (; i + LANES <= end; i += LANES) store(out + i, values(from + i, scales[block]));
+      if (i < end) {
         uint8_t part[LANES] = {};
-        long n = std::min(LANES, end - i);
-        if (n == LANES)
-          memcpy(part, from + i, LANES);
-        else
-          memcpy(part, from + i, n);
-        Floats value = from_float8(__builtin_convertvector(load<Bytes>(part), Words)) * scale;
-        if (w.round) value = (Floats)round_bf16(value);
-        if (n == LANES) {
-          store(out + i, value);
-        } else {
-          float whole[LANES];
-          store(whole, value);
-          memcpy(out + i, whole, 4 * n);
-        }
+        float wide[LANES];
+        memcpy(part, from + i, end - i);
+        store(wide, values(part, scales[block]));
+        memcpy(out + i, wide, 4 * (end - i));
+        i = end;
       }
-      i = end;
     }
   }
   for (; i < padded; i++) out[i] = 0;
