@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from memory import process_memory
 
 SETTLE_SECONDS = 0.3  # threads of the process that has just worked go on spinning for a while
 LONG = 4096  # tokens from which a prompt is measured less often
@@ -136,12 +137,6 @@ class Transformers:
 LIBRARIES = {OURS: Ours, THEIRS: Transformers}
 
 
-def _status(process: int, field: str) -> int:
-    """A field of /proc/PID/status, in bytes."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def _serve(library: str, args: argparse.Namespace) -> int:
     """The worker: one job a line on stdin, its seconds on stdout."""
     answers = os.fdopen(os.dup(1), "w")
@@ -150,10 +145,10 @@ def _serve(library: str, args: argparse.Namespace) -> int:
         import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe  # noqa: F401
     else:
         import qwen_moe_jax.generation.api  # noqa: F401
-    before, start = _status(os.getpid(), "VmRSS"), time.perf_counter()
+    before, start = process_memory("VmRSS"), time.perf_counter()
     runner = LIBRARIES[library](args.checkpoint, args.dtype, args.threads, args.kernels)
     loaded = time.perf_counter() - start
-    held, peak = (_status(os.getpid(), field) - before for field in ("VmRSS", "VmHWM"))
+    held, peak = (process_memory(field) - before for field in ("VmRSS", "VmHWM"))
     print(json.dumps({"load": loaded, "held": held, "load_peak": peak}), file=answers, flush=True)
     for line in sys.stdin:
         job = Job(**json.loads(line))
@@ -200,7 +195,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process and notes its largest memory."""
-        self.loading["peak"] = _status(self.process.pid, "VmHWM")
+        self.loading["peak"] = process_memory("VmHWM", self.process.pid)
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -14,11 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+from memory import process_memory
 
 
 def _load_here(folder: Path, held: str) -> int:
@@ -56,10 +52,10 @@ def _load_transformers(folder: Path, held: str) -> int:
 
 def _timed(load) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before, start = _status("VmRSS"), time.perf_counter()
+    before, start = process_memory("VmRSS"), time.perf_counter()
     held = load()
     seconds = time.perf_counter() - start
-    peak = _status("VmHWM") - before
+    peak = process_memory("VmHWM") - before
     print(json.dumps({"seconds": seconds, "held": held, "peak": peak}))
     return 0
 

@@ -66,23 +66,6 @@ SIZES = {
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
     },
-    "35b-slice": {
-        "vocab_size": 248320,
-        "hidden_size": 2048,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-        "tie_word_embeddings": True,  # one matrix as large as the vocabulary shows as much as two
-    },
     "397b-narrow": {
         "vocab_size": 15520,
         "hidden_size": 256,
@@ -100,6 +83,8 @@ SIZES = {
         "shared_expert_intermediate_size": 64,
     },
 }
+# one matrix as large as the vocabulary shows as much as two
+SIZES["35b-slice"] = SIZES["large"] | {"vocab_size": 248320, "tie_word_embeddings": True}
 # head_dim -> temporal, height, width frequencies
 MROPE_SECTION = {16: [2, 0, 0], 32: [2, 1, 1], 128: [6, 5, 5], 256: [11, 11, 10]}
 NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation

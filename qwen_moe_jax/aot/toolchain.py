@@ -29,6 +29,7 @@ from qwen_moe_jax.aot import private_jax
 from qwen_moe_jax.aot.stubs import build_stubs, c_compiler, read_shared_object
 from qwen_moe_jax.devices import DEVICES, Device
 from qwen_moe_jax.errors import InputError, ToolchainError
+from qwen_moe_jax.host import user_cache
 
 PLATFORM = "rocm"
 PACKAGE = "jax-rocm7-pjrt"
@@ -46,8 +47,7 @@ _PIECE = 4 << 20
 
 def default_folder() -> Path:
     """The user's cache folder for the toolchain of the jax that runs; the plugin serves any Python."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "qwen_moe_jax" / "rocm" / jax.__version__
+    return user_cache("rocm", jax.__version__)
 
 
 def prepare(folder: str | Path | None = None, *, progress: bool = False) -> Path:

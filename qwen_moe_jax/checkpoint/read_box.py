@@ -165,11 +165,11 @@ def _copy(content: np.ndarray, tensor: StoredTensor, target: np.ndarray) -> bool
     stored = READABLE_DTYPES[tensor.dtype]
     strides = [stored.itemsize * prod(tensor.shape[d + 1 :]) for d in range(target.ndim)]
     values = np.lib.stride_tricks.as_strided(content.view(stored), target.shape, strides, writeable=False)
-    if stored == target.dtype and values.flags.c_contiguous and target.flags.c_contiguous:
-        finite = copy_finite(target, values)
-        if finite is not None:
-            return finite
     if stored == target.dtype:
+        if values.flags.c_contiguous and target.flags.c_contiguous:
+            finite = copy_finite(target, values)
+            if finite is not None:
+                return finite
         # as plain integers: NumPy copies elements of other packages' dtypes one by one
         plain = np.dtype(f"u{stored.itemsize}")
         np.copyto(target.view(plain), values.view(plain))

@@ -1,11 +1,12 @@
 """The persistent compilation cache: a second process does not compile what the first one did."""
 
 import hashlib
-import os
 import platform
 from pathlib import Path
 
 import jax
+
+from qwen_moe_jax.host import processor_features, user_cache
 
 
 def default_cache_folder() -> Path:
@@ -14,17 +15,12 @@ def default_cache_folder() -> Path:
     XLA:CPU programs hold machine code for the processor that compiled them, so hosts that share a home
     folder must not share programs.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "qwen_moe_jax" / "xla" / _processor()
+    return user_cache("xla", _processor())
 
 
 def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        features = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        features = platform.processor()
-    digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:12]
+    features = sorted(processor_features() or platform.processor().split())
+    digest = hashlib.sha256(" ".join(features).encode()).hexdigest()[:12]
     return f"{platform.machine()}-{digest}"
 
 

@@ -59,30 +59,23 @@ def linears(
 ) -> list[jax.Array]:
     """Products of one x with several matrices, as of `linear`, which a C++ kernel takes together."""
     dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
-    chosen = [_implementation(x, weight, kernels) for weight in weights]
-    native = [index for index, name in enumerate(chosen) if name == "native"]
-    results = dict.fromkeys(range(len(weights)), x)
-    if native:
-        variant = next(k.variant for k in (kernels, *map(_kernels_of, weights)) if k and k.native)
-        found = native_linears(x, [weights[i] for i in native], [dtypes[i] for i in native], variant)
-        results.update(zip(native, found, strict=True))
-    for index, (weight, name) in enumerate(zip(weights, chosen, strict=True)):
-        if name == "pallas_tiles" and isinstance(weight, BlockScaled):
-            results[index] = float8_matmul(x, weight, dtypes[index])
-        elif name != "native":
-            results[index] = _product(x, weight, dtypes[index])
-    return list(results.values())
+    deciding = [weight.kernels if isinstance(weight, BlockScaled) else kernels for weight in weights]
+    chosen = [_chosen(x, weight, decides) for weight, decides in zip(weights, deciding, strict=True)]
+    if set(chosen) == {"native"} and deciding[0] is not None:
+        return native_linears(x, weights, dtypes, deciding[0].variant)
+    if len(weights) > 1:
+        pairs = zip(weights, dtypes, strict=True)
+        return [linear(x, weight, dtype, kernels=kernels) for weight, dtype in pairs]
+    weight, dtype = weights[0], dtypes[0]
+    if isinstance(weight, BlockScaled) and chosen == ["pallas_tiles"]:
+        return [float8_matmul(x, weight, dtype)]
+    return [_product(x, weight, dtype)]
 
 
-def _kernels_of(weight: Matrix) -> Kernels | None:
-    return weight.kernels if isinstance(weight, BlockScaled) else None
-
-
-def _implementation(x: jax.Array, weight: Matrix, kernels: Kernels | None) -> str:
-    tokens = x.size // x.shape[-1]
-    if isinstance(weight, BlockScaled):
-        return weight.kernels.pick("float8", x.dtype.name, tokens)
-    return kernels.pick("linear", x.dtype.name, tokens) if kernels else "products"
+def _chosen(x: jax.Array, weight: Matrix, kernels: Kernels | None) -> str:
+    """The implementation that multiplies."""
+    operation = "float8" if isinstance(weight, BlockScaled) else "linear"
+    return kernels.pick(operation, x.dtype.name, x.size // x.shape[-1]) if kernels else "products"
 
 
 def _product(x: jax.Array, weight: Matrix, out_dtype: DTypeLike) -> jax.Array:

@@ -30,9 +30,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 def main() -> None:
     """Every variant that this processor runs; a finding ends the process."""
     build._FLAGS = (*build._FLAGS, *SANITIZERS)
-    for variant, needed in build.VARIANTS.items():
-        if not build.processor_flags().issuperset(needed):
-            continue
+    for variant in build.runnable_variants():
         for case in linear_cases(seed=101, count=25):
             check_linear(*case, variant)
         for index, given in enumerate(expert_cases(seed=102, count=10)):

@@ -57,7 +57,7 @@ def test_the_first_use_builds_with_a_message_and_the_second_does_not(fresh, caps
 def test_what_decides_a_library_decides_its_name(fresh, monkeypatch, tmp_path):
     compiler = build._compiler()
     names = {build._digest(compiler, ()), build._digest(compiler, ("-O1",))}
-    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"something else"}))
+    monkeypatch.setattr(build, "processor_features", lambda: frozenset({"something else"}))
     names.add(build._digest(compiler, ()))
     sources = tmp_path / "sources"
     shutil.copytree(build._SOURCES, sources)
@@ -106,7 +106,7 @@ def test_a_compiler_that_is_not_there_is_named(fresh, monkeypatch):
 def test_an_unknown_variant_and_one_that_the_processor_lacks_are_refused(monkeypatch):
     with pytest.raises(InputError, match="have no variant 'sse9'"):
         build.load("sse9")
-    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"sse2"}))
+    monkeypatch.setattr(build, "processor_features", lambda: frozenset({"sse2"}))
     with pytest.raises(BuildError, match="this processor lacks avx2, fma"):
         build.load.__wrapped__("avx2")
 
@@ -124,8 +124,8 @@ def test_an_unknown_variant_and_one_that_the_processor_lacks_are_refused(monkeyp
 )
 def test_the_processor_decides_the_variant(monkeypatch, vendor, without, best):
     everything = {flag for flags in VARIANTS.values() for flag in flags}
-    monkeypatch.setattr(build, "processor_flags", lambda: frozenset(everything - set(without)))
-    monkeypatch.setattr(build, "_vendor", lambda: vendor)
+    monkeypatch.setattr(build, "processor_features", lambda: frozenset(everything - set(without)))
+    monkeypatch.setattr(build, "processor_says", lambda field: vendor)
     assert best_variant() == best
 
 

@@ -27,13 +27,13 @@ from support.cpu_kernels import (
 )
 
 from qwen_moe_jax import make_mesh
-from qwen_moe_jax.kernels.cpu.build import VARIANTS, processor_flags
+from qwen_moe_jax.kernels.cpu.build import copy_finite, load, runnable_variants
 from qwen_moe_jax.kernels.cpu.calls import native_delta_step, native_experts, native_linears
 
 if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-HERE = [name for name, needed in VARIANTS.items() if processor_flags().issuperset(needed)]
+HERE = runnable_variants()
 
 
 def native_linear(x, w, out, variant):
@@ -168,6 +168,23 @@ def test_every_float8_code_is_read_exactly(variant):
     for tokens in (1, 20):
         found = native_linear(jnp.ones((tokens, 1), jnp.bfloat16), matrix, FLOAT32, variant)
         np.testing.assert_array_equal(found, np.tile(codes.astype(np.float32), (tokens, 1)))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, "float8_e4m3fn"])
+def test_a_copy_finds_every_value_that_is_not_finite(dtype):
+    load(FIRST)
+    rng = np.random.default_rng(16)
+    for count in (1, 7, 64, 129, 1000):
+        values = rng.normal(size=count).astype(jnp.dtype(dtype))
+        out = np.empty_like(values)
+        assert copy_finite(out, values) is True
+        np.testing.assert_array_equal(out.view(np.uint8), values.view(np.uint8))
+        for bad in (np.nan, -np.nan) if dtype == "float8_e4m3fn" else (np.nan, np.inf, -np.inf):
+            place = int(rng.integers(count))
+            damaged = values.copy()
+            damaged[place] = bad
+            assert copy_finite(out, damaged) is False
+            np.testing.assert_array_equal(out.view(np.uint8), damaged.view(np.uint8))
 
 
 @variants

@@ -14,6 +14,12 @@ struct Attention {
 
   long group() const { return heads / kv_heads; }
   long last(long b, long s) const { return std::min((long)positions[b * seq + s], capacity - 1); }
+  long longest() const {  // keys that some query sees
+    long most = 0;
+    for (long b = 0; b < batch; b++)
+      for (long s = 0; s < seq; s++) most = std::max(most, last(b, s) + 1);
+    return most;
+  }
   Matrix keys(long b, long head) const {
     long stride = kv_heads * dim * size_of(cache_type);
     return {k + b * capacity * stride + head * dim * size_of(cache_type), cache_type, capacity, dim, stride};
@@ -50,17 +56,43 @@ inline void append_keys(const Attention& a, const char* key, const char* value, 
 constexpr long KEYS = 128, QUERIES = 128;
 constexpr float NOTHING = -1e30f;  // below every score, and its differences are finite
 
-// What a task knows of its queries so far; queries are columns.
-struct Softmax {
-  alignas(64) float top[QUERIES], total[QUERIES], correction[QUERIES], last[QUERIES];
+// A task's queries: those of some tokens and of the heads that share a key head. As columns of a matrix they
+// are padded to a whole vector by repeating the last one.
+struct Queries {
+  long count, padded, end = 0;  // no query sees key `end`
+  int rows[QUERIES];            // of a.query, without its last dimension
+  alignas(64) float last[QUERIES];
 
-  void start(long queries) {
-    for (long q = 0; q < queries; q++) top[q] = NOTHING, total[q] = 0;
+  Queries(const Attention& a, long b, long head, long first, long tokens)
+      : count(tokens * a.group()), padded(round_up(count, LANES)) {
+    for (long q = 0; q < padded; q++) {
+      long s = first + std::min(q, count - 1) / a.group();
+      last[q] = (float)a.last(b, s);
+      end = std::max(end, a.last(b, s) + 1);
+      if (q < count) rows[q] = (int)((b * a.seq + s) * a.heads + head * a.group() + q % a.group());
+    }
   }
-  // scores [keys][ldc] of keys first .. first + count -> weights, in place
-  void weigh(float* scores, long ldc, long first, long count, float scale) {
+  Operand pack(const Attention& a, const Matrix& k, char* memory) const {
+    Operand x = operand(count, k, a.type, memory);
+    for (long q = 0; q < count; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
+    return x;
+  }
+};
+
+// What a task knows of its queries so far.
+struct Softmax {
+  const Queries& queries;
+  alignas(64) float top[QUERIES], total[QUERIES], correction[QUERIES];
+
+  explicit Softmax(const Queries& queries) : queries(queries) {
+    std::fill(top, top + queries.padded, NOTHING);
+    std::fill(total, total + queries.padded, 0.f);
+  }
+  // scores [keys][queries.padded] of keys first .. first + count -> weights, in place
+  void weigh(float* scores, long first, long count, float scale) {
+    long ldc = queries.padded;
     for (long q = 0; q < ldc; q += LANES) {
-      Floats limit = load<Floats>(last + q), old = load<Floats>(top + q), most = old;
+      Floats limit = load<Floats>(queries.last + q), old = load<Floats>(top + q), most = old;
       for (long k = 0; k < count; k++) {
         Floats s = load<Floats>(scores + k * ldc + q) * scale;
         s = limit < (float)(first + k) ? splat(-INFINITY) : s;
@@ -141,9 +173,7 @@ inline void fetch_rows(const Matrix& m, long first, long count) {
 inline void attend_few(Pool& pool, const Attention& a) {
   constexpr long SPAN = 1024;  // keys of a task
   long group = a.group(), queries = a.seq * group, padded = round_up(a.dim, 2 * LANES);
-  long longest = 0;
-  for (long i = 0; i < a.batch * a.seq; i++) longest = std::max(longest, a.last(0, i) + 1);
-  long spans = (longest + SPAN - 1) / SPAN, tasks = a.batch * a.kv_heads * spans;
+  long spans = (a.longest() + SPAN - 1) / SPAN, tasks = a.batch * a.kv_heads * spans;
   bool pairs = a.cache_type == Type::BF16;
   // of a task: each query's sum, then its top and total
   long record = queries * (padded + 2);
@@ -154,25 +184,14 @@ inline void attend_few(Pool& pool, const Attention& a) {
     float *sums = records + task * record, *tops = sums + queries * padded, *totals = tops + queries;
     std::fill(sums, sums + record, 0.f);
     std::fill(tops, tops + queries, NOTHING);
-    Softmax softmax;
-    long end = 0, ldc = round_up(queries, LANES);
-    int rows[16];
-    for (long q = 0; q < ldc; q++) {
-      long s = std::min(q, queries - 1) / group;
-      softmax.last[q] = (float)a.last(b, s);
-      end = std::max(end, a.last(b, s) + 1);
-      if (q < queries) rows[q] = (int)((b * a.seq + s) * a.heads + head * group + q % group);
-    }
-    end = std::min(end, begin + SPAN);
+    Queries asked(a, b, head, 0, a.seq);
+    long end = std::min(asked.end, begin + SPAN), ldc = asked.padded;
     if (begin >= end) return;
     Tiles tiles;
-    softmax.start(ldc);
+    Softmax softmax(asked);
     Matrix k = a.keys(b, head), v = a.values(b, head);
-    static thread_local std::vector<char> packed;
-    size_t bytes = Operand::bytes(choose_way(queries, k, a.type), queries, a.dim) + 64;
-    if (packed.size() < bytes) packed.resize(bytes);
-    Operand x = operand(queries, k, a.type, (char*)round_up((long)packed.data(), 64));
-    for (long q = 0; q < queries; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
+    Operand x =
+        asked.pack(a, k, thread_memory(Operand::bytes(choose_way(queries, k, a.type), queries, a.dim)));
     float* scores = PanelScratch::mine().c[0];
     for (long first = begin; first < end; first += KEYS) {
       long count = std::min(KEYS, end - first);
@@ -180,9 +199,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
       fetch_rows(k, first + count, std::min(KEYS, end - first - count));
       for (long p = 0; p < count; p += PANEL)
         multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
-      for (long i = 0; i < count; i++)  // columns that no query has
-        for (long q = queries; q < ldc; q++) scores[i * ldc + q] = 0;
-      softmax.weigh(scores, ldc, first, count, 1 / sqrtf((float)a.dim));
+      softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
       for (long q = 0; q < queries; q++)
         for (long d = 0; d < padded; d++) sums[q * padded + d] *= softmax.correction[q];
       for (long q = 0; q < queries; q += 8) {
@@ -197,7 +214,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
   });
   pool.run(a.batch * a.kv_heads, [&](long i) {
     long head = i % a.kv_heads, b = i / a.kv_heads;
-    std::vector<float> sum(padded);
+    std::vector<float> sum(padded), result(a.dim);
     for (long q = 0; q < queries; q++) {
       float top = NOTHING, total = 0;
       for (long s = 0; s < spans; s++)
@@ -211,16 +228,9 @@ inline void attend_few(Pool& pool, const Attention& a) {
         total += share * tops[queries + q];
         for (long d = 0; d < padded; d++) sum[d] += share * from[q * padded + d];
       }
-      char* out =
-          a.out + ((b * a.seq + q / group) * a.heads + head * group + q % group) * a.dim * size_of(a.type);
-      for (long d = 0; d < a.dim; d++) {
-        long within = d % (2 * LANES), place = pairs ? d - within + within / 2 + (within % 2 ? LANES : 0) : d;
-        float x = sum[place] / total;
-        if (a.type == Type::F32)
-          ((float*)out)[d] = x;
-        else
-          ((uint16_t*)out)[d] = to_bf16(x);
-      }
+      for (long d = 0; d < a.dim; d++) result[d] = sum[pairs ? place_of_pair(d) : d] / total;
+      long row = (b * a.seq + q / group) * a.heads + head * group + q % group;
+      write_row(result.data(), a.dim, a.type, a.out + row * a.dim * size_of(a.type));
     }
   });
 }
@@ -228,9 +238,8 @@ inline void attend_few(Pool& pool, const Attention& a) {
 // Many queries a key head (prefill): queries are divided among tasks, values transposed once for all of them.
 inline void attend_many(Pool& pool, const Attention& a) {
   long group = a.group(), at_once = QUERIES / group, blocks = (a.seq + at_once - 1) / at_once;
-  long longest = 0;
-  for (long i = 0; i < a.batch * a.seq; i++) longest = std::max(longest, a.last(0, i) + 1);
-  long columns = round_up(longest, KEYS), size = size_of(a.cache_type), heads = a.batch * a.kv_heads;
+  long longest = a.longest(), columns = round_up(longest, KEYS), size = size_of(a.cache_type),
+       heads = a.batch * a.kv_heads;
   long one = a.dim * columns * size;
   Workspace transposed(heads * one + 64);
   long parts = columns / KEYS;
@@ -255,37 +264,26 @@ inline void attend_many(Pool& pool, const Attention& a) {
     // the last queries see the most keys, so they are first
     long i = task % heads, block = blocks - 1 - task / heads, b = i / a.kv_heads, head = i % a.kv_heads;
     long begin = block * at_once, tokens = std::min(at_once, a.seq - begin), queries = tokens * group;
-    long ldc = round_up(queries, LANES), end = 0;
-    Softmax softmax;
-    int rows[QUERIES];
-    for (long q = 0; q < ldc; q++) {
-      long s = begin + std::min(q, queries - 1) / group;
-      softmax.last[q] = (float)a.last(b, s);
-      end = std::max(end, a.last(b, s) + 1);
-      if (q < queries) rows[q] = (int)((b * a.seq + s) * a.heads + head * group + q % group);
-    }
-    softmax.start(ldc);
+    Queries asked(a, b, head, begin, tokens);
+    Softmax softmax(asked);
+    long ldc = asked.padded;
     Tiles tiles;
     Matrix k = a.keys(b, head);
     Matrix v{transposed.as<char>() + i * one, a.cache_type, a.dim, columns, columns * size};
-    static thread_local std::vector<char> packed;
     Way way = choose_way(queries, k, a.type);
     long bytes = round_up(Operand::bytes(way, queries, a.dim), 64);
-    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64),
-         sum_bytes = 4 * round_up(a.dim, PANEL) * ldc;
-    if ((long)packed.size() < bytes + weight_bytes + sum_bytes + 64)
-      packed.resize(bytes + weight_bytes + sum_bytes + 64);
-    char* memory = (char*)round_up((long)packed.data(), 64);
-    Operand x = operand(queries, k, a.type, memory);
-    for (long q = 0; q < queries; q += Operand::group(x.way)) pack_group(x, a.query, a.type, rows, q);
+    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64);
+    // its queries, their weights, and their sums
+    char* memory = thread_memory(bytes + weight_bytes + 4 * round_up(a.dim, PANEL) * ldc);
+    Operand x = asked.pack(a, k, memory);
     float* sums = (float*)(memory + bytes + weight_bytes);  // [dim][ldc]
     std::fill(sums, sums + a.dim * ldc, 0.f);
     float *scores = PanelScratch::mine().c[0], *part = PanelScratch::mine().c[1];
-    for (long first = 0; first < end; first += KEYS) {
-      long count = std::min(KEYS, end - first);
+    for (long first = 0; first < asked.end; first += KEYS) {
+      long count = std::min(KEYS, asked.end - first);
       for (long p = 0; p < count; p += PANEL)
         multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
-      softmax.weigh(scores, ldc, first, count, 1 / sqrtf((float)a.dim));
+      softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
       long even = round_up(count, 2);
       if (even > count) std::fill(scores + count * ldc, scores + even * ldc, 0.f);
       Operand weights{way, queries, even, x.pairs, memory + bytes};
@@ -306,15 +304,9 @@ inline void attend_many(Pool& pool, const Attention& a) {
       }
     }
     for (long q = 0; q < queries; q++) {
-      char* out = a.out + rows[q] * a.dim * size_of(a.type);
       float inverse = 1 / softmax.total[q];
-      for (long d = 0; d < a.dim; d++) {
-        float value = sums[d * ldc + q] * inverse;
-        if (a.type == Type::F32)
-          ((float*)out)[d] = value;
-        else
-          ((uint16_t*)out)[d] = to_bf16(value);
-      }
+      for (long d = 0; d < a.dim; d++) part[d] = sums[d * ldc + q] * inverse;
+      write_row(part, a.dim, a.type, a.out + asked.rows[q] * a.dim * size_of(a.type));
     }
   });
 }

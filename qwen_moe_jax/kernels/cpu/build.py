@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.host import processor_features, processor_says, user_cache
 
 _SOURCES = Path(__file__).parent
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
@@ -108,32 +109,18 @@ def copy_finite(to: np.ndarray, values: np.ndarray) -> bool | None:
     return bool(function(ctypes.c_void_p(to.ctypes.data), sources, size, ctypes.c_int(values.itemsize)))
 
 
+def runnable_variants() -> list[str]:
+    """The variants that the processor runs, best first."""
+    found = processor_features()
+    return [name for name, needed in VARIANTS.items() if found.issuperset(needed)]
+
+
 def best_variant() -> str:
     """The fastest variant that the processor runs."""
-    runs = [name for name, needed in VARIANTS.items() if processor_flags().issuperset(needed)]
-    if _vendor() != "AuthenticAMD" and "avx512bf16" in runs:
+    runs = runnable_variants()
+    if processor_says("vendor_id") != "AuthenticAMD" and "avx512bf16" in runs:
         runs.remove("avx512bf16")
     return runs[0]
-
-
-@functools.cache
-def processor_flags() -> frozenset[str]:
-    """The processor's features as Linux names them; empty where that is not to be had."""
-    return frozenset(_processor("flags", "Features").split())
-
-
-def _vendor() -> str:
-    return _processor("vendor_id").strip()
-
-
-@functools.cache
-def _processor(*fields: str) -> str:
-    """What Linux says of the first processor, in the first of these fields that there is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2] for line in lines if line.startswith(fields)), "")
 
 
 @functools.cache
@@ -146,7 +133,7 @@ def load(variant: str) -> Library:
     """
     if variant not in VARIANTS:
         raise InputError(f"the CPU kernels have no variant {variant!r}; there are {', '.join(VARIANTS)}.")
-    missing = set(VARIANTS[variant]) - processor_flags()
+    missing = set(VARIANTS[variant]) - processor_features()
     if missing:
         raise BuildError(f"this processor lacks {', '.join(sorted(missing))}, which {variant!r} needs.")
     file = build(variant)
@@ -164,20 +151,19 @@ def load(variant: str) -> Library:
     return _loaded[-1]
 
 
-def build(variant: str, extra: tuple[str, ...] = ()) -> Path:
+def build(variant: str) -> Path:
     """The library of a variant in the cache, compiled if it is not there.
 
     Args:
         variant: a key of `VARIANTS`.
-        extra: more of the compiler's flags.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
     compiler = _compiler()
     spelt = (name.replace("avx512_", "avx512").replace("_", "-") for name in VARIANTS[variant])
-    flags = (*_FLAGS, *(f"-m{name}" for name in spelt), *extra)
-    file = cache_folder() / f"{variant}-{_digest(compiler, flags)}.so"
+    flags = (*_FLAGS, *(f"-m{name}" for name in spelt))
+    file = user_cache("cpu") / f"{variant}-{_digest(compiler, flags)}.so"
     if file.is_file():
         return file
     print(f"qwen-moe-jax: building CPU kernels ({variant}), once ...", end="", file=sys.stderr, flush=True)
@@ -197,12 +183,6 @@ def build(variant: str, extra: tuple[str, ...] = ()) -> Path:
         os.replace(made, file)  # another process may have built the same meanwhile
     print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return file
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "qwen_moe_jax" / "cpu"
 
 
 def _compiler() -> str:
@@ -225,7 +205,7 @@ def _digest(compiler: str, flags: tuple[str, ...]) -> str:
     except OSError as error:
         raise BuildError(f"{compiler} did not run ({error}).") from error
     found = hashlib.sha256(version)
-    for part in (compiler, *flags, jax.__version__, platform.machine(), *sorted(processor_flags())):
+    for part in (compiler, *flags, jax.__version__, platform.machine(), *sorted(processor_features())):
         found.update(part.encode() + b"\0")
     for source in sorted(_SOURCES.glob("*.[hc]*")):
         found.update(source.read_bytes())

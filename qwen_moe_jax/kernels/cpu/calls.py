@@ -101,10 +101,7 @@ def native_delta_step(
     Returns:
         (output [batch, heads, Dv], new state).
     """
-    operands = (state, *(x.astype(jnp.float32) for x in (query, key, value, g, beta)))
-    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (value, state)]
-    output, state = _call(variant, "delta_step", operands, results, aliases={0: 1})
-    return output, state
+    return _recurrence(variant, "delta_step", query, key, value, g, beta, state)
 
 
 def native_delta_chunks(
@@ -117,10 +114,7 @@ def native_delta_chunks(
     variant: str,
 ) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule over a sequence; arguments and results as of `delta_rule_chunked`, in float32."""
-    operands = tuple(x.astype(jnp.float32) for x in (query, key, value, g, beta, state))
-    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (value, state)]
-    output, state = _call(variant, "delta_chunks", operands, results, aliases={5: 1})
-    return output, state
+    return _recurrence(variant, "delta_chunks", query, key, value, g, beta, state)
 
 
 def native_attention(
@@ -150,6 +144,14 @@ def native_attention(
     operands = (query, key, value, positions, slots, cache.k, cache.v)
     mixed, k, v = _call(variant, "attention", operands, results, aliases={5: 1, 6: 2})
     return mixed, KVCache(k=k, v=v)
+
+
+def _recurrence(variant: str, operation: str, *tokens_and_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Query, key, value, g, beta and state -> (output, the state after it), which takes its memory over."""
+    operands = tuple(x.astype(jnp.float32) for x in tokens_and_state)
+    results = [jax.ShapeDtypeStruct(operands[i].shape, jnp.float32) for i in (2, 5)]
+    output, state = _call(variant, operation, operands, results, aliases={5: 1})
+    return output, state
 
 
 def _parts(weight: Matrix) -> tuple[jax.Array, jax.Array, tuple[int, int]]:

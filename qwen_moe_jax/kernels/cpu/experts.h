@@ -51,7 +51,6 @@ inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) 
   return order;
 }
 
-inline float rounded(float x, Type type) { return type == Type::F32 ? x : from_bf16(to_bf16(x)); }
 inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
 
 // silu(gate) * up, each rounded where the model's dtype rounds; `count` a multiple of LANES, in place of
@@ -77,8 +76,7 @@ inline void run_experts(Pool& pool, const Experts& e) {
   Workspace inner_memory(inner_bytes), slot_memory(all * hidden * size + 64);
   char* slot_outputs = slot_memory.as<char>();  // [sorted slot, hidden], rounded
   auto inner_of = [&](const Group& g) {
-    Operand o = operand(g.count, e.down, e.type, inner_memory.as<char>() + g.inner);
-    return o;
+    return operand(g.count, e.down, e.type, inner_memory.as<char>() + g.inner);
   };
   // enough tasks for every thread to have some, each a run of panels of one group
   long wanted = 4 * pool.workers(), groups_found = std::max(1L, (long)found.size());
@@ -97,10 +95,8 @@ inline void run_experts(Pool& pool, const Experts& e) {
     Tiles tiles;
     PanelScratch& scratch = PanelScratch::mine();
     Matrix gate_up = expert_of(e.gate_up, g.expert);
-    static thread_local std::vector<char> packed;
-    size_t bytes = Operand::bytes(choose_way(g.count, gate_up, e.type), g.count, gate_up.columns) + 64;
-    if (packed.size() < bytes) packed.resize(bytes);
-    Operand x = operand(g.count, gate_up, e.type, (char*)round_up((long)packed.data(), 64));
+    long bytes = Operand::bytes(choose_way(g.count, gate_up, e.type), g.count, gate_up.columns);
+    Operand x = operand(g.count, gate_up, e.type, thread_memory(bytes));
     for (long t = 0; t < g.count; t += Operand::group(x.way)) pack_group(x, e.x, e.type, &rows[g.first], t);
     Operand to = inner_of(g);
     if (end == up_panels) clear_padding(to);
@@ -130,10 +126,8 @@ inline void run_experts(Pool& pool, const Experts& e) {
     for (long p = begin; p < end; p++) {
       long first = p * PANEL, count = std::min(PANEL, hidden - first);
       multiply_panel(down, first, count, x, scratch.c[0], ldc);
-      transpose_panel(scratch.c[0], ldc, g.count, scratch.c[1]);
-      for (long t = 0; t < g.count; t++)
-        write_row(scratch.c[1] + t * PANEL, count, e.type,
-                  slot_outputs + ((g.first + t) * hidden + first) * size);
+      write_panel(scratch.c[0], ldc, g.count, count, scratch.c[1], e.type,
+                  slot_outputs + (g.first * hidden + first) * size, hidden * size);
     }
   });
 

@@ -177,8 +177,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
 
 using Float32s = ffi::Buffer<ffi::F32>;
 
-static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s state, Float32s query, Float32s key,
-                            Float32s value, Float32s g, Float32s beta, ffi::Result<Float32s> out,
+// Query, key, value, g, beta and state -> output and the state after it.
+static auto recurrence() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Float32s>()
+      .Arg<Float32s>()
+      .Arg<Float32s>()
+      .Arg<Float32s>()
+      .Arg<Float32s>()
+      .Arg<Float32s>()
+      .Ret<Float32s>()
+      .Ret<Float32s>();
+}
+
+static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value, Float32s g,
+                            Float32s beta, Float32s state, ffi::Result<Float32s> out,
                             ffi::Result<Float32s> new_state) {
   auto shape = state.dimensions();
   if (shape.size() != 4 || key.dimensions().size() != 3 || shape[1] % key.dimensions()[1])
@@ -190,17 +204,7 @@ static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s state, Float32s qu
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Ret<Float32s>()
-                                  .Ret<Float32s>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep, recurrence());
 
 static ffi::Error DeltaChunks(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value,
                               Float32s g, Float32s beta, Float32s state, ffi::Result<Float32s> out,
@@ -214,17 +218,7 @@ static ffi::Error DeltaChunks(ffi::ThreadPool threads, Float32s query, Float32s 
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_chunks, DeltaChunks,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Arg<Float32s>()
-                                  .Ret<Float32s>()
-                                  .Ret<Float32s>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_chunks, DeltaChunks, recurrence());
 
 static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::AnyBuffer key,
                          ffi::AnyBuffer value, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,

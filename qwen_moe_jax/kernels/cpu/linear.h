@@ -14,14 +14,22 @@ inline void write_row(const float* values, long count, Type type, char* out) {
   for (; i < count; i++) ((uint16_t*)out)[i] = to_bf16(values[i]);
 }
 
+// Tokens 0 .. tokens and rows 0 .. count of a panel's result c [32][ldc], ldc a multiple of LANES, to rows of
+// `out` that are `stride` bytes apart. `turned` is room for [tokens][32].
+inline void write_panel(const float* c, long ldc, long tokens, long count, float* turned, Type type,
+                        char* out, long stride) {
+  for (long t = 0; t < tokens; t += LANES)
+    for (long r = 0; r < PANEL; r += LANES) transpose(c + r * ldc + t, ldc, turned + t * PANEL + r, PANEL);
+  for (long t = 0; t < tokens; t++) write_row(turned + t * PANEL, count, type, out + t * stride);
+}
+
 inline void pack_all(Pool& pool, const Operand& to, const char* x, Type type) {
-  long group = Operand::group(to.way), at_once = std::max(1L, 64 / group),
-       parts = (groups(to) + at_once - 1) / at_once;
-  pool.run(to.tokens * to.depth < 65536 ? std::min(parts, 1L) : parts, [&](long part) {
-    bool alone = to.tokens * to.depth < 65536;
-    long begin = alone ? 0 : part * at_once, end = alone ? groups(to) : std::min(groups(to), begin + at_once);
-    for (long g = begin; g < end; g++) pack_group(to, x, type, nullptr, g * group);
-  });
+  long group = Operand::group(to.way), at_once = std::max(1L, 64 / group);
+  auto pack = [&](long part) {
+    long end = std::min(groups(to), (part + 1) * at_once);
+    for (long g = part * at_once; g < end; g++) pack_group(to, x, type, nullptr, g * group);
+  };
+  pool.run((groups(to) + at_once - 1) / at_once, pack, to.tokens * to.depth < 65536);
 }
 
 // A matrix and where its product goes: [tokens, w.rows] of `type`.
@@ -65,38 +73,30 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
   };
   std::vector<Run> runs;
   long share = std::max(bytes / (4 * pool.workers()), PANEL * depth);
-  bool alone = bytes * (1 + tokens / 32) < 131072;  // waking a thread costs more than its help
   for (long i = 0; i < (long)products.size(); i++) {
     const Matrix& w = products[i].w;
-    long panels = (w.rows + PANEL - 1) / PANEL, most = std::min(share, 1L << 20) / (PANEL * w.stride);
-    long at_once = alone ? panels : std::max(1L, most);
+    long panels = (w.rows + PANEL - 1) / PANEL;
+    long at_once = std::max(1L, std::min(share, 1L << 20) / (PANEL * w.stride));
     for (long p = 0; p < panels; p += at_once) runs.push_back({i, p, std::min(panels, p + at_once)});
   }
-  pool.run(alone ? 1 : (long)runs.size(), [&](long task) {
+  auto multiply = [&](long task) {
     Tiles tiles;
-    float *c = PanelScratch::mine().c[0], *turned = PanelScratch::mine().c[1];
-    for (long i = task; i < (alone ? (long)runs.size() : task + 1); i++) {
-      const Product& product = products[runs[i].product];
-      const Operand& all = *operands[runs[i].product];
-      long size = size_of(product.type), rows = product.w.rows;
-      // the tokens of a round stay in the second cache
-      for (long t = 0; t < tokens; t += TOKENS) {
-        Operand some = all.from(t, std::min(TOKENS, tokens - t));
-        long ldc = all.way == Way::DOT ? 8 : round_up(some.tokens, LANES);
-        for (long panel = runs[i].begin; panel < runs[i].end; panel++) {
-          long first = panel * PANEL, count = std::min(PANEL, rows - first);
-          multiply_panel(product.w, first, count, some, c, ldc);
-          char* to = product.out + (t * rows + first) * size;
-          if (all.way == Way::DOT) {
-            for (long j = 0; j < some.tokens; j++)
-              for (long r = 0; r < PANEL; r++) turned[j * PANEL + r] = c[r * ldc + j];
-          } else {
-            transpose_panel(c, ldc, some.tokens, turned);
-          }
-          for (long j = 0; j < some.tokens; j++)
-            write_row(turned + j * PANEL, count, product.type, to + j * rows * size);
-        }
+    PanelScratch& scratch = PanelScratch::mine();
+    const Run& run = runs[task];
+    const Product& product = products[run.product];
+    const Operand& all = *operands[run.product];
+    long size = size_of(product.type), rows = product.w.rows;
+    // the tokens of a round stay in the second cache
+    for (long t = 0; t < tokens; t += TOKENS) {
+      Operand some = all.from(t, std::min(TOKENS, tokens - t));
+      long ldc = round_up(some.tokens, LANES);
+      for (long panel = run.begin; panel < run.end; panel++) {
+        long first = panel * PANEL, count = std::min(PANEL, rows - first);
+        multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
+        write_panel(scratch.c[0], ldc, some.tokens, count, scratch.c[1], product.type,
+                    product.out + (t * rows + first) * size, rows * size);
       }
     }
-  });
+  };
+  pool.run((long)runs.size(), multiply, bytes * (1 + tokens / 32) < 131072);
 }

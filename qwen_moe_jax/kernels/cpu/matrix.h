@@ -50,10 +50,7 @@ inline void widen(const Matrix& w, long row, long begin, long count, long padded
     const float* scales = w.scales + row / w.block_rows * w.scales_across();
     auto values = [&](const uint8_t* bytes, float scale) {
       Floats value = from_float8(widen_bytes(bytes)) * scale;
-      if (!w.round) return value;
-      // to bfloat16; the values are finite
-      Words bits = (Words)value;
-      return (Floats)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+      return w.round ? (Floats)round_number_bf16(value) : value;
     };
     while (i < count) {
       long block = (begin + i) / w.block_columns,

@@ -10,11 +10,17 @@
 
 enum class Way { DOT, FMA, TILES };
 
+// Where element k of a row is whose pairs lie apart: LANES first elements, then LANES second ones.
+inline long place_of_pair(long k) {
+  long within = k % (2 * LANES);
+  return k - within + within / 2 + (within % 2 ? LANES : 0);
+}
+
 // Tokens as a way reads them.
 struct Operand {
   Way way;
   long tokens, depth;
-  bool pairs;  // DOT beside bfloat16: LANES first elements of pairs, then LANES second ones
+  bool pairs;  // DOT beside bfloat16: as of place_of_pair
   char* data;
 
   static long padded_depth(Way way, long depth) {
@@ -32,11 +38,7 @@ struct Operand {
     return part;
   }
   // where token t's element k is in a DOT row
-  long place(long k) const {
-    if (!pairs) return k;
-    long within = k % (2 * LANES);
-    return k - within + within / 2 + (within % 2 ? LANES : 0);
-  }
+  long place(long k) const { return pairs ? place_of_pair(k) : k; }
 };
 
 inline Way choose_way(long tokens, [[maybe_unused]] const Matrix& w, [[maybe_unused]] Type x) {
@@ -99,12 +101,8 @@ inline void pack_group(const Operand& to, const char* x, Type type, const int* r
       long count = std::min(32L, depth - k);
       for (long t = 0; t < 16 && first + t < to.tokens; t++)
         memcpy(block[t], row(first + t) + 2 * k, 2 * count);
-#if defined(__AVX512F__)
-      transpose(block, 16, out, 16);
-#else
-      for (long t = 0; t < 16; t++)
-        for (long p = 0; p < 16; p++) out[p * 16 + t] = block[t][p];
-#endif
+      for (long t = 0; t < 16; t += LANES)
+        for (long p = 0; p < 16; p += LANES) transpose(&block[t][p], 16, out + p * 16 + t, 16);
     }
   }
 }

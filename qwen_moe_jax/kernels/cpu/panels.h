@@ -47,6 +47,13 @@ struct PanelScratch {
   }
 };
 
+// At least that many bytes that are this thread's until it asks again, beginning at a multiple of 64.
+inline char* thread_memory(long bytes) {
+  static thread_local std::vector<char> own;
+  if ((long)own.size() < bytes + 64) own.resize(bytes + 64);
+  return (char*)round_up((long)own.data(), 64);
+}
+
 // The three ways of `multiply_panel`.
 inline void dot_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
   if (w.type != Type::F8) {
@@ -138,9 +145,3 @@ struct Tiles {
   Tiles() {}
 #endif
 };
-
-// Tokens 0 .. tokens of rows 0 .. rows of a panel's result, as LANES-aligned rows of `out` [tokens][32].
-inline void transpose_panel(const float* c, long ldc, long tokens, float* out) {
-  for (long t = 0; t < tokens; t += LANES)
-    for (long r = 0; r < PANEL; r += LANES) transpose(c + r * ldc + t, ldc, out + t * PANEL + r, PANEL);
-}

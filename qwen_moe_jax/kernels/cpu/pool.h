@@ -26,9 +26,10 @@ class Pool {
     return std::max(1L, std::min(share, (long)threads_.num_threads()));
   }
 
-  // Calls work(i) for i in 0 .. count - 1, in no order, and returns when all are done.
-  void run(long count, const std::function<void(long)>& work) {
-    long helpers = std::min(workers(), count) - 1;
+  // Calls work(i) for i in 0 .. count - 1, in no order, and returns when all are done; `alone` where there is
+  // so little to do that waking a thread costs more than its help.
+  void run(long count, const std::function<void(long)>& work, bool alone = false) {
+    long helpers = alone ? 0 : std::min(workers(), count) - 1;
     if (helpers <= 0) {
       for (long i = 0; i < count; i++) work(i);
       return;

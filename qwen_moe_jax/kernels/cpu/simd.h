@@ -67,11 +67,15 @@ inline Words widen_bytes(const uint8_t* from) {
 #endif
 }
 
-// Rounded to the nearest bfloat16, ties to even, in the upper half of each word; NaN stays NaN.
-inline Words round_bf16(Floats x) {
+// Rounded to the nearest bfloat16, ties to even, in the upper half of each word; x is no NaN.
+inline Words round_number_bf16(Floats x) {
   Words bits = (Words)x;
-  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return x == x ? rounded : (bits | 0x00400000u) & 0xffff0000u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
+// The same; NaN stays NaN.
+inline Words round_bf16(Floats x) {
+  return x == x ? round_number_bf16(x) : ((Words)x | 0x00400000u) & 0xffff0000u;
 }
 
 inline Halves narrow(Floats x) { return __builtin_convertvector(round_bf16(x) >> 16, Halves); }
