@@ -2,6 +2,8 @@
 // Milakov & Gimelshein, arXiv:1805.02867). Scores stand as [key][query], so that a softmax runs along vectors
 // of queries, and the second product takes them as an MLP's does (panels.h).
 #pragma once
+#include <deque>
+
 #include "linear.h"
 
 struct Attention {
@@ -114,7 +116,7 @@ struct Softmax {
 };
 
 // out[q][dim] += sum_k weights[k][ldc] * value[k][dim], for up to 8 queries; `out` holds, for bfloat16, first
-// elements of pairs and second ones apart as LANES each.
+// elements of pairs and second ones apart as LANES each. The next KEYS values are fetched meanwhile.
 template <bool PAIRS, int COUNT>
 inline void add_values(const Matrix& v, long first, long count, const float* weights, long ldc, long queries,
                        float* out, long stride) {
@@ -124,6 +126,7 @@ inline void add_values(const Matrix& v, long first, long count, const float* wei
     bool whole = d + WIDE <= v.columns;
     for (long k = 0; k < count; k++) {
       const char* row = v.row(first + k) + d * SIZE;
+      __builtin_prefetch(row + KEYS * v.stride, 0, 2);
       Floats part[2];
       alignas(64) char padded[WIDE * SIZE];
       if (!whole) {
@@ -163,54 +166,74 @@ inline void add_some_values(const Matrix& v, long first, long count, const float
     add_values<PAIRS, 8>(v, first, count, weights, ldc, queries, out, stride);
 }
 
-// Rows of keys or values on their way into the second cache, while others are being looked at.
-inline void fetch_rows(const Matrix& m, long first, long count) {
-  for (long r = first; r < first + count; r++)
-    for (long i = 0; i < m.columns * size_of(m.type); i += 64) __builtin_prefetch(m.row(r) + i, 0, 2);
-}
+// The queries of a key head, and what a task knows of them.
+struct Asked {
+  Queries queries;
+  Softmax softmax;
+  Operand x;
+  float* sums;  // [queries][dim], padded
 
-// Few queries a key head (decode): keys are divided among tasks, whose results are merged.
+  Asked(const Attention& a, long b, long head, char* memory, float* sums)
+      : queries(a, b, head, 0, a.seq),
+        softmax(queries),
+        x(queries.pack(a, a.keys(b, head), memory)),
+        sums(sums) {}
+};
+
+// Few queries a key head (decode): keys are divided among tasks, whose results are merged. A task takes all
+// heads, which lie side by side: memory is fetched in longer pieces than one head's.
 inline void attend_few(Pool& pool, const Attention& a) {
-  constexpr long SPAN = 1024;  // keys of a task
   long group = a.group(), queries = a.seq * group, padded = round_up(a.dim, 2 * LANES);
-  long spans = (a.longest() + SPAN - 1) / SPAN, tasks = a.batch * a.kv_heads * spans;
+  long longest = a.longest(), share = a.batch * longest / (4 * pool.workers());
+  long span = std::clamp(round_up(share, KEYS), KEYS, 8 * KEYS);  // keys of a task
+  long spans = (longest + span - 1) / span;
   bool pairs = a.cache_type == Type::BF16;
-  // of a task: each query's sum, then its top and total
+  // of a head and a task: each query's sum, then its top and total
   long record = queries * (padded + 2);
-  Workspace memory(4 * record * tasks + 64);
+  Workspace memory(4 * record * a.batch * a.kv_heads * spans + 64);
   float* records = memory.as<float>();
-  pool.run(tasks, [&](long task) {
-    long head = task / spans % a.kv_heads, b = task / spans / a.kv_heads, begin = task % spans * SPAN;
-    float *sums = records + task * record, *tops = sums + queries * padded, *totals = tops + queries;
-    std::fill(sums, sums + record, 0.f);
-    std::fill(tops, tops + queries, NOTHING);
-    Queries asked(a, b, head, 0, a.seq);
-    long end = std::min(asked.end, begin + SPAN), ldc = asked.padded;
-    if (begin >= end) return;
+  pool.run(a.batch * spans, [&](long task) {
+    long b = task / spans, begin = task % spans * span;
+    long packed = round_up(Operand::bytes(choose_way(queries, a.keys(b, 0), a.type), queries, a.dim), 64);
+    char* room = thread_memory(a.kv_heads * packed);
     Tiles tiles;
-    Softmax softmax(asked);
-    Matrix k = a.keys(b, head), v = a.values(b, head);
-    Operand x =
-        asked.pack(a, k, thread_memory(Operand::bytes(choose_way(queries, k, a.type), queries, a.dim)));
-    float* scores = PanelScratch::mine().c[0];
-    for (long first = begin; first < end; first += KEYS) {
-      long count = std::min(KEYS, end - first);
-      fetch_rows(v, first, count);
-      fetch_rows(k, first + count, std::min(KEYS, end - first - count));
-      for (long p = 0; p < count; p += PANEL)
-        multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
-      softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
-      for (long q = 0; q < queries; q++)
-        for (long d = 0; d < padded; d++) sums[q * padded + d] *= softmax.correction[q];
-      for (long q = 0; q < queries; q += 8) {
-        long some = std::min(8L, queries - q);
-        if (pairs)
-          add_some_values<true>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
-        else
-          add_some_values<false>(v, first, count, scores + q, ldc, some, sums + q * padded, padded);
-      }
+    std::deque<Asked> heads;
+    long end = 0;
+    for (long head = 0; head < a.kv_heads; head++) {
+      float* sums = records + ((b * a.kv_heads + head) * spans + task % spans) * record;
+      std::fill(sums, sums + record, 0.f);
+      std::fill(sums + queries * padded, sums + queries * (padded + 1), NOTHING);
+      heads.emplace_back(a, b, head, room + head * packed, sums);
+      end = std::min(heads.back().queries.end, begin + span);
     }
-    for (long q = 0; q < queries; q++) tops[q] = softmax.top[q], totals[q] = softmax.total[q];
+    if (begin >= end) return;
+    float* scores = PanelScratch::mine().c[0];
+    for (long first = begin; first < end; first += KEYS)
+      for (long head = 0; head < a.kv_heads; head++) {
+        Asked& asked = heads[head];
+        Matrix k = a.keys(b, head), v = a.values(b, head);
+        long count = std::min(KEYS, end - first), ldc = asked.queries.padded;
+        for (long p = 0; p < count; p += PANEL) {
+          fetch_rows(k, first + KEYS + p, PANEL);
+          multiply_panel(k, first + p, std::min(PANEL, count - p), asked.x, scores + p * ldc, ldc);
+        }
+        asked.softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
+        for (long q = 0; q < queries; q++)
+          for (long d = 0; d < padded; d++) asked.sums[q * padded + d] *= asked.softmax.correction[q];
+        for (long q = 0; q < queries; q += 8) {
+          long some = std::min(8L, queries - q);
+          float* sums = asked.sums + q * padded;
+          if (pairs)
+            add_some_values<true>(v, first, count, scores + q, ldc, some, sums, padded);
+          else
+            add_some_values<false>(v, first, count, scores + q, ldc, some, sums, padded);
+        }
+      }
+    for (Asked& asked : heads)
+      for (long q = 0; q < queries; q++) {
+        asked.sums[queries * padded + q] = asked.softmax.top[q];
+        asked.sums[queries * (padded + 1) + q] = asked.softmax.total[q];
+      }
   });
   pool.run(a.batch * a.kv_heads, [&](long i) {
     long head = i % a.kv_heads, b = i / a.kv_heads;

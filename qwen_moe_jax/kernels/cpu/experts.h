@@ -78,21 +78,21 @@ inline void run_experts(Pool& pool, const Experts& e) {
   auto inner_of = [&](const Group& g) {
     return operand(g.count, e.down, e.type, inner_memory.as<char>() + g.inner);
   };
-  // enough tasks for every thread to have some, each a run of panels of one group
-  long wanted = 4 * pool.workers(), groups_found = std::max(1L, (long)found.size());
-  long parts = (wanted + groups_found - 1) / groups_found;
-  auto share = [&](long panels, long part, long& begin, long& end) {
-    begin = panels * part / parts;
-    end = panels * (part + 1) / parts;
+  long groups_found = (long)found.size();
+  // calls work(group, begin, end) for the panels of a run, group by group
+  auto by_group = [&](long panels, auto work) {
+    return [=, &found](long begin, long end) {
+      Tiles tiles;
+      while (begin < end) {
+        long g = begin / panels, stop = std::min(end, (g + 1) * panels);
+        work(found[g], begin - g * panels, stop - g * panels);
+        begin = stop;
+      }
+    };
   };
 
   long up_panels = (inner + PANEL - 1) / PANEL;
-  pool.run((long)found.size() * parts, [&](long task) {
-    const Group& g = found[task / parts];
-    long begin, end;
-    share(up_panels, task % parts, begin, end);
-    if (begin == end) return;
-    Tiles tiles;
+  auto up_product = [&](const Group& g, long begin, long end) {
     PanelScratch& scratch = PanelScratch::mine();
     Matrix gate_up = expert_of(e.gate_up, g.expert);
     long bytes = Operand::bytes(choose_way(g.count, gate_up, e.type), g.count, gate_up.columns);
@@ -100,36 +100,43 @@ inline void run_experts(Pool& pool, const Experts& e) {
     for (long t = 0; t < g.count; t += Operand::group(x.way)) pack_group(x, e.x, e.type, &rows[g.first], t);
     Operand to = inner_of(g);
     if (end == up_panels) clear_padding(to);
-    long ldc = round_up(g.count, LANES);
+    long ldc = x.pitch();
     float *gate = scratch.c[0], *up = scratch.c[1];
+    Matrix gates = gate_up, ups = gate_up;
+    gates.rows = std::min(inner, end * PANEL), ups.rows = inner + gates.rows;
+    if (x.way == Way::DOT) {
+      fetch_rows(gates, begin * PANEL, rows_ahead(gates.stride));
+      fetch_rows(ups, inner + begin * PANEL, rows_ahead(ups.stride));
+    }
     for (long p = begin; p < end; p++) {
       long first = p * PANEL, count = std::min(PANEL, inner - first);
-      multiply_panel(gate_up, first, count, x, gate, ldc);
-      multiply_panel(gate_up, inner + first, count, x, up, ldc);
-      activate(gate, up, count * ldc, e.type);
+      multiply_panel(gates, first, count, x, gate, ldc);
+      multiply_panel(ups, inner + first, count, x, up, ldc);
+      activate(gate, up, round_up(count * ldc, LANES), e.type);
       for (long r = 0; r < count; r += 2)
         put_pair(to, first + r, gate + r * ldc, r + 1 < count ? gate + (r + 1) * ldc : nullptr);
     }
-  });
+  };
+  pool.run_ranges(groups_found * up_panels, std::max(1L, RUN / (2 * PANEL * e.gate_up.stride)),
+                  by_group(up_panels, up_product));
 
   long down_panels = (hidden + PANEL - 1) / PANEL;
-  pool.run((long)found.size() * parts, [&](long task) {
-    const Group& g = found[task / parts];
-    long begin, end;
-    share(down_panels, task % parts, begin, end);
-    if (begin == end) return;
-    Tiles tiles;
+  auto down_product = [&](const Group& g, long begin, long end) {
     PanelScratch& scratch = PanelScratch::mine();
     Matrix down = expert_of(e.down, g.expert);
     Operand x = inner_of(g);
-    long ldc = round_up(g.count, LANES);
+    long ldc = x.pitch();
+    down.rows = std::min(hidden, end * PANEL);
+    if (x.way == Way::DOT) fetch_rows(down, begin * PANEL, rows_ahead(down.stride));
     for (long p = begin; p < end; p++) {
       long first = p * PANEL, count = std::min(PANEL, hidden - first);
       multiply_panel(down, first, count, x, scratch.c[0], ldc);
       write_panel(scratch.c[0], ldc, g.count, count, scratch.c[1], e.type,
                   slot_outputs + (g.first * hidden + first) * size, hidden * size);
     }
-  });
+  };
+  pool.run_ranges(groups_found * down_panels, std::max(1L, RUN / (PANEL * e.down.stride)),
+                  by_group(down_panels, down_product));
 
   // every token's slots, in their order
   std::vector<int> place(e.tokens * e.slots, -1);

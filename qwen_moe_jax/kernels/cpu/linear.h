@@ -14,12 +14,17 @@ inline void write_row(const float* values, long count, Type type, char* out) {
   for (; i < count; i++) ((uint16_t*)out)[i] = to_bf16(values[i]);
 }
 
-// Tokens 0 .. tokens and rows 0 .. count of a panel's result c [32][ldc], ldc a multiple of LANES, to rows of
-// `out` that are `stride` bytes apart. `turned` is room for [tokens][32].
+// Tokens 0 .. tokens and rows 0 .. count of a panel's result c [32][ldc] to rows of `out` that are `stride`
+// bytes apart. `turned` is room for [tokens][32].
 inline void write_panel(const float* c, long ldc, long tokens, long count, float* turned, Type type,
                         char* out, long stride) {
-  for (long t = 0; t < tokens; t += LANES)
-    for (long r = 0; r < PANEL; r += LANES) transpose(c + r * ldc + t, ldc, turned + t * PANEL + r, PANEL);
+  if (ldc % LANES) {
+    for (long t = 0; t < tokens; t++)
+      for (long r = 0; r < count; r++) turned[t * PANEL + r] = c[r * ldc + t];
+  } else {
+    for (long t = 0; t < tokens; t += LANES)
+      for (long r = 0; r < PANEL; r += LANES) transpose(c + r * ldc + t, ldc, turned + t * PANEL + r, PANEL);
+  }
   for (long t = 0; t < tokens; t++) write_row(turned + t * PANEL, count, type, out + t * stride);
 }
 
@@ -31,6 +36,8 @@ inline void pack_all(Pool& pool, const Operand& to, const char* x, Type type) {
   };
   pool.run((groups(to) + at_once - 1) / at_once, pack, to.tokens * to.depth < 65536);
 }
+
+constexpr long RUN = 1 << 20;  // most bytes of matrices that a thread takes at once
 
 // A matrix and where its product goes: [tokens, w.rows] of `type`.
 struct Product {
@@ -67,36 +74,35 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
     }
     operands.push_back(found);
   }
-  // runs of panels of one matrix, long ones, since every one begins with a wait for memory
-  struct Run {
-    long product, begin, end;
-  };
-  std::vector<Run> runs;
-  long share = std::max(bytes / (4 * pool.workers()), PANEL * depth);
-  for (long i = 0; i < (long)products.size(); i++) {
-    const Matrix& w = products[i].w;
-    long panels = (w.rows + PANEL - 1) / PANEL;
-    long at_once = std::max(1L, std::min(share, 1L << 20) / (PANEL * w.stride));
-    for (long p = 0; p < panels; p += at_once) runs.push_back({i, p, std::min(panels, p + at_once)});
-  }
-  auto multiply = [&](long task) {
+  // panels of all matrices in a row
+  std::vector<long> ends;
+  for (const Product& p : products)
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (p.w.rows + PANEL - 1) / PANEL);
+  auto multiply = [&](long begin, long end) {
     Tiles tiles;
     PanelScratch& scratch = PanelScratch::mine();
-    const Run& run = runs[task];
-    const Product& product = products[run.product];
-    const Operand& all = *operands[run.product];
-    long size = size_of(product.type), rows = product.w.rows;
-    // the tokens of a round stay in the second cache
-    for (long t = 0; t < tokens; t += TOKENS) {
-      Operand some = all.from(t, std::min(TOKENS, tokens - t));
-      long ldc = round_up(some.tokens, LANES);
-      for (long panel = run.begin; panel < run.end; panel++) {
-        long first = panel * PANEL, count = std::min(PANEL, rows - first);
-        multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
-        write_panel(scratch.c[0], ldc, some.tokens, count, scratch.c[1], product.type,
-                    product.out + (t * rows + first) * size, rows * size);
+    for (size_t i = 0; i < products.size() && begin < end; i++) {
+      if (begin >= ends[i]) continue;
+      Product product = products[i];
+      const Operand& all = *operands[i];
+      long size = size_of(product.type), rows = product.w.rows, before = i ? ends[i - 1] : 0;
+      long stop = std::min(end, ends[i]);
+      product.w.rows = std::min(rows, (stop - before) * PANEL);
+      if (all.way == Way::DOT) fetch_rows(product.w, (begin - before) * PANEL, rows_ahead(product.w.stride));
+      // the tokens of a round stay in the second cache
+      for (long t = 0; t < tokens; t += TOKENS) {
+        Operand some = all.from(t, std::min(TOKENS, tokens - t));
+        long ldc = some.pitch();
+        for (long panel = begin; panel < stop; panel++) {
+          long first = (panel - before) * PANEL, count = std::min(PANEL, rows - first);
+          multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
+          write_panel(scratch.c[0], ldc, some.tokens, count, scratch.c[1], product.type,
+                      product.out + (t * rows + first) * size, rows * size);
+        }
       }
+      begin = stop;
     }
   };
-  pool.run((long)runs.size(), multiply, bytes * (1 + tokens / 32) < 131072);
+  long longest = std::max(1L, RUN / (PANEL * products[0].w.stride));
+  pool.run_ranges(ends.back(), longest, multiply, bytes * (1 + tokens / 32) < 131072);
 }

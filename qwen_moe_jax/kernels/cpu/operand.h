@@ -37,6 +37,8 @@ struct Operand {
     part.tokens = count;
     return part;
   }
+  // columns of a panel's result: DOT writes single numbers, the others whole vectors
+  long pitch() const { return way == Way::DOT ? tokens : round_up(tokens, LANES); }
   // where token t's element k is in a DOT row
   long place(long k) const { return pairs ? place_of_pair(k) : k; }
 };

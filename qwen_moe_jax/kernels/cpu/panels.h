@@ -54,30 +54,24 @@ inline char* thread_memory(long bytes) {
   return (char*)round_up((long)own.data(), 64);
 }
 
+// Rows on their way into the second cache.
+inline void fetch_rows(const Matrix& m, long first, long count) {
+  for (long r = first; r < std::min(m.rows, first + count); r++)
+    for (long i = 0; i < m.columns * size_of(m.type); i += 64) __builtin_prefetch(m.row(r) + i, 0, 2);
+}
+
 // The three ways of `multiply_panel`.
 inline void dot_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  if (w.type != Type::F8) {
-    const char* rows[2 * PANEL];
-    long ahead = std::max(2L, std::min(AHEAD / w.stride, PANEL));
-    // those behind the panel are where the next one begins
-    for (long r = 0; r < PANEL + ahead; r++)
-      rows[r] = w.row(std::min(first + (r < PANEL ? std::min(r, count - 1) : r), w.rows - 1));
-    if (w.type == Type::BF16)
-      dot_all<true>(x, rows, count, ahead, c, ldc);
-    else
-      dot_all<false>(x, rows, count, ahead, c, ldc);
-    return;
-  }
+  if (w.type == Type::BF16) return dot_all<true>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
+  if (w.type == Type::F32) return dot_all<false>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
   // float8: four rows at a time, widened along the whole depth
   static thread_local std::vector<float> wide;
   long padded = round_up(x.depth, 2 * LANES);
   if ((long)wide.size() < 4 * padded) wide.resize(4 * padded);
-  const char* rows[8];
-  for (long r = 0; r < 8; r++) rows[r] = (const char*)(wide.data() + (r % 4) * padded);
   for (long r = 0; r < count; r += 4) {
-    for (long i = 0; i < 4; i++)
-      widen(w, first + std::min(r + i, count - 1), 0, x.depth, x.depth, wide.data() + i * padded);
-    dot_all<false>(x, rows, 4, 4, c + r * ldc, ldc);
+    long some = std::min(4L, count - r);
+    for (long i = 0; i < some; i++) widen(w, first + r + i, 0, x.depth, x.depth, wide.data() + i * padded);
+    dot_all<false>(x, (const char*)wide.data(), 4 * padded, some, some, c + r * ldc, ldc);
   }
 }
 
@@ -124,7 +118,8 @@ inline void tile_product(const Matrix& w, long first, long count, const Operand&
 #endif
 
 // Rows first .. first + count (count <= 32) of w times x.tokens <= TOKENS tokens, into c [32][ldc]. Rows
-// behind `count` mean nothing, nor do tokens behind x.tokens up to a whole group.
+// behind `count` mean nothing, nor do tokens behind x.tokens up to a whole group. Rows up to w.rows will be
+// read next.
 inline void multiply_panel(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
   if (x.way == Way::DOT) return dot_product(w, first, count, x, c, ldc);
 #if defined(HAS_TILES)

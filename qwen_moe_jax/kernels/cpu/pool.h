@@ -26,15 +26,17 @@ class Pool {
     return std::max(1L, std::min(share, (long)threads_.num_threads()));
   }
 
-  // Calls work(i) for i in 0 .. count - 1, in no order, and returns when all are done; `alone` where there is
-  // so little to do that waking a thread costs more than its help.
-  void run(long count, const std::function<void(long)>& work, bool alone = false) {
-    long helpers = alone ? 0 : std::min(workers(), count) - 1;
-    if (helpers <= 0) {
-      for (long i = 0; i < count; i++) work(i);
-      return;
-    }
-    auto job = std::make_shared<Job>(count, &work);
+  using Work = std::function<void(long, long)>;
+
+  // Calls work(begin, end) for runs that together are 0 .. count, in no order, and returns when all are done;
+  // `alone` where there is so little to do that waking a thread costs more than its help. Runs are long at
+  // first, at most `longest`, since each begins with a wait for memory, and short in the end, when the other
+  // threads would wait for the last one.
+  void run_ranges(long count, long longest, const Work& work, bool alone = false) {
+    if (count <= 0) return;
+    long threads = alone ? 1 : std::min(workers(), count), helpers = threads - 1;
+    if (helpers == 0) return work(0, count);
+    auto job = std::make_shared<Job>(count, longest, threads, &work);
     {
       std::lock_guard<std::mutex> lock(shared().mutex);
       shared().latest = job;
@@ -45,21 +47,40 @@ class Pool {
     while (job->busy.load(std::memory_order_acquire)) pause();
   }
 
+  // Calls work(i) for i in 0 .. count - 1, in no order.
+  void run(long count, const std::function<void(long)>& work, bool alone = false) {
+    auto each = [&](long begin, long end) {
+      for (long i = begin; i < end; i++) work(i);
+    };
+    run_ranges(count, 1, each, alone);
+  }
+
  private:
   struct Job {
-    Job(long count, const std::function<void(long)>* work) : count(count), work(work) {}
+    Job(long count, long longest, long threads, const Work* work)
+        : count(count),
+          longest(longest),
+          shortest(std::max(1L, longest / 16)),
+          threads(threads),
+          work(work) {}
     void join() {
       busy++;  // before looking for work: the caller leaves when nobody is busy
       take_all();
       busy.fetch_sub(1, std::memory_order_release);
     }
     void take_all() {
-      for (long i; next.load() < count && (i = next++) < count;) (*work)(i);
+      for (long begin = next; begin < count;) {
+        long length = std::clamp((count - begin) / (2 * threads), shortest, longest);
+        length = std::min(length, count - begin);
+        if (!next.compare_exchange_weak(begin, begin + length)) continue;
+        (*work)(begin, begin + length);
+        begin = next;
+      }
     }
     std::atomic<long> next{0};
     std::atomic<int> busy{0};
-    const long count;
-    const std::function<void(long)>* work;
+    const long count, longest, shortest, threads;
+    const Work* work;
   };
 
   struct Shared {

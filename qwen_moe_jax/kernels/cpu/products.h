@@ -14,15 +14,16 @@ constexpr long FMA_DEPTH = 128, TILE_DEPTH = 1024;
 
 // --- DOT
 
+// ROWS rows of a matrix, `stride` bytes apart, times COUNT tokens; what is `ahead` bytes behind is fetched.
 template <int ROWS, int COUNT, bool PAIRS>
-inline void dot_rows(const char* const* w, const char* const* ahead, const float* x, long stride, long depth,
+inline void dot_rows(const char* w, long stride, long ahead, const float* x, long x_stride, long depth,
                      float* c, long ldc) {
   constexpr int SETS = PAIRS && ROWS * COUNT <= 8 ? 2 : 1;  // enough independent sums to hide the latency
   Floats total[ROWS][COUNT][SETS] = {};
   auto step = [&](long k, const Words* words) {
     if constexpr (PAIRS) {
       for (int m = 0; m < COUNT; m++) {
-        Floats x0 = load<Floats>(x + m * stride + k), x1 = load<Floats>(x + m * stride + k + LANES);
+        Floats x0 = load<Floats>(x + m * x_stride + k), x1 = load<Floats>(x + m * x_stride + k + LANES);
         for (int r = 0; r < ROWS; r++) {
           total[r][m][0] += first_of_pair(words[r]) * x0;
           total[r][m][SETS - 1] += second_of_pair(words[r]) * x1;
@@ -30,7 +31,7 @@ inline void dot_rows(const char* const* w, const char* const* ahead, const float
       }
     } else {
       for (int m = 0; m < COUNT; m++) {
-        Floats x0 = load<Floats>(x + m * stride + k);
+        Floats x0 = load<Floats>(x + m * x_stride + k);
         for (int r = 0; r < ROWS; r++) total[r][m][0] += (Floats)words[r] * x0;
       }
     }
@@ -40,8 +41,9 @@ inline void dot_rows(const char* const* w, const char* const* ahead, const float
   for (; k + STEP <= depth; k += STEP) {
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
-      __builtin_prefetch(ahead[r] + k * SIZE, 0, 2);
-      words[r] = load<Words>(w[r] + k * SIZE);
+      const char* from = w + r * stride + k * SIZE;
+      __builtin_prefetch(from + ahead, 0, 2);
+      words[r] = load<Words>(from);
     }
     step(k, words);
   }
@@ -49,7 +51,7 @@ inline void dot_rows(const char* const* w, const char* const* ahead, const float
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
       words[r] = Words{};
-      memcpy(&words[r], w[r] + k * SIZE, (depth - k) * SIZE);
+      memcpy(&words[r], w + r * stride + k * SIZE, (depth - k) * SIZE);
     }
     step(k, words);
   }
@@ -60,25 +62,36 @@ inline void dot_rows(const char* const* w, const char* const* ahead, const float
 
 constexpr int rows_at_once(int count) { return LANES == 16 ? (count == 4 ? 4 : 2) : (count <= 4 ? 2 : 1); }
 
+// Rows that are fetched ahead of the one being read.
+inline long rows_ahead(long stride) { return std::clamp(AHEAD / stride, 2L, PANEL); }
+
+// `count` rows of a panel, behind which there are `left` - `count` more that will be read.
 template <int COUNT, bool PAIRS>
-inline void dot_panel(const Operand& x, long first_token, const char* const* rows, long count, long ahead,
+inline void dot_panel(const Operand& x, long first_token, const char* w, long stride, long count, long left,
                       float* c, long ldc) {
   constexpr int ROWS = rows_at_once(COUNT);
-  long stride = Operand::padded_depth(Way::DOT, x.depth);
-  const float* from = (const float*)x.data + first_token * stride;
-  for (long r = 0; r < count; r += ROWS) {  // a last group runs over into rows that repeat the last one
-    dot_rows<ROWS, COUNT, PAIRS>(rows + r, rows + r + ahead, from, stride, x.depth, c + r * ldc + first_token,
-                                 ldc);
+  long x_stride = Operand::padded_depth(Way::DOT, x.depth), ahead = rows_ahead(stride);
+  const float* from = (const float*)x.data + first_token * x_stride;
+  c += first_token;
+  for (long r = 0; r < count;) {
+    long bytes = r + ROWS + ahead <= left ? ahead * stride : 0;
+    if (r + ROWS <= count) {
+      dot_rows<ROWS, COUNT, PAIRS>(w + r * stride, stride, bytes, from, x_stride, x.depth, c + r * ldc, ldc);
+      r += ROWS;
+    } else {
+      dot_rows<1, COUNT, PAIRS>(w + r * stride, stride, bytes, from, x_stride, x.depth, c + r * ldc, ldc);
+      r++;
+    }
   }
 }
 
 template <bool PAIRS>
-inline void dot_all(const Operand& x, const char* const* rows, long count, long ahead, float* c, long ldc) {
+inline void dot_all(const Operand& x, const char* w, long stride, long count, long left, float* c, long ldc) {
   long t = 0;
-  for (; t + 8 <= x.tokens; t += 8) dot_panel<8, PAIRS>(x, t, rows, count, ahead, c, ldc);
-  if (t + 4 <= x.tokens) dot_panel<4, PAIRS>(x, t, rows, count, ahead, c, ldc), t += 4;
-  if (t + 2 <= x.tokens) dot_panel<2, PAIRS>(x, t, rows, count, ahead, c, ldc), t += 2;
-  if (t < x.tokens) dot_panel<1, PAIRS>(x, t, rows, count, ahead, c, ldc);
+  for (; t + 8 <= x.tokens; t += 8) dot_panel<8, PAIRS>(x, t, w, stride, count, left, c, ldc);
+  if (t + 4 <= x.tokens) dot_panel<4, PAIRS>(x, t, w, stride, count, left, c, ldc), t += 4;
+  if (t + 2 <= x.tokens) dot_panel<2, PAIRS>(x, t, w, stride, count, left, c, ldc), t += 2;
+  if (t < x.tokens) dot_panel<1, PAIRS>(x, t, w, stride, count, left, c, ldc);
 }
 
 // --- FMA
