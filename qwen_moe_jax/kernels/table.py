@@ -14,6 +14,8 @@ A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx94
     attention    blockwise                   plain XLA (`model/attention.py`)
                  flash                       a kernel (`flash_attention.py`)
                  native
+    conv         shifts                      plain XLA (`model/delta_net.py`)
+                 native
     delta_step   products                    plain XLA (`model/delta_rule.py`)
                  pallas_step                 a kernel (`delta_step.py`)
                  native
@@ -50,6 +52,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "native": NATIVE,
     },
     "attention": {"blockwise": XLA, "flash": PALLAS, "native": NATIVE},
+    "conv": {"shifts": XLA, "native": NATIVE},
     "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
     "delta_chunks": {"products": XLA, "native": NATIVE},
     "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS, "native": NATIVE},
@@ -83,6 +86,7 @@ DECIDES = {
     "linear": "tokens",
     "experts": "slots (tokens x top_k) an expert",
     "attention": "tokens a row",
+    "conv": "tokens a row",
     "delta_step": "tokens a row",
     "delta_chunks": "tokens a row",
     "float8": "tokens",
@@ -106,6 +110,8 @@ TABLE: tuple[Rule, ...] = (
     Rule("attention", AMD, _BF16, None, "flash", "one pass over the cache, heads of a group together"),
     Rule("attention", ("cpu",), _NATIVE, None, "native", "keys appended in place and read once; measured"),
     Rule("attention", _ANY, None, None, "blockwise", "a loop over blocks of keys"),
+    Rule("conv", ("cpu",), _NATIVE, None, "native", "convolution, SiLU and norms in one pass; measured"),
+    Rule("conv", _ANY, None, None, "shifts", "shifted inputs, added up"),
     Rule("delta_step", AMD, None, None, "pallas_step", "the state is read once and written once"),
     Rule("delta_step", ("cpu",), _NATIVE, None, "native", "the state changes in place; measured"),
     Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
@@ -213,14 +219,14 @@ class Kernels:
         explicit = dict(self.chosen)
         if self.target == "cpu":
             kernels = f"{self.native} variant" if self.native else "none, plain XLA only"
-            lines.append(f"  {'C++ kernels':<12}{kernels}")
+            lines.append(f"  {'C++ kernels':<14}{kernels}")
         for operation in operations:
             if operation in explicit:
-                lines.append(f"  {operation:<12}{explicit[operation]}, asked for")
+                lines.append(f"  {operation:<14}{explicit[operation]}, asked for")
                 continue
             for rule in self._lines(operation, dtype):
                 limit = "" if rule.up_to is None else f" up to {rule.up_to:g} {DECIDES[operation]}"
-                lines.append(f"  {operation:<12}{rule.implementation}{limit}: {rule.why}")
+                lines.append(f"  {operation:<14}{rule.implementation}{limit}: {rule.why}")
         return lines
 
 
@@ -244,6 +250,7 @@ def make_kernels(
     if asked == "xla":
         plain: dict[str, str] = {
             "attention": "blockwise",
+            "conv": "shifts",
             "delta_step": "products",
             "delta_chunks": "products",
             "float8": "multiplied_out",

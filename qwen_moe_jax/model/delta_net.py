@@ -4,12 +4,14 @@ Projections, a short causal convolution with carried inputs, the gated delta rul
 (`delta_rule.py`), a gated norm and an output projection.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.kernels.cpu.calls import native_delta_chunks, native_delta_step
+from qwen_moe_jax.kernels.cpu.calls import native_conv, native_delta_chunks, native_delta_step
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.cache import DeltaNetCache
@@ -45,6 +47,45 @@ def causal_conv(
     carried = jnp.take_along_axis(inputs, keep[..., None], axis=1)
     # the reference rounds to the model dtype before the activation
     return jax.nn.silu(mixed.astype(x.dtype)), carried
+
+
+def conv_heads(
+    x: jax.Array,
+    weight: jax.Array,
+    carried: jax.Array,
+    counts: jax.Array,
+    *,
+    key_dim: int,
+    heads: int,
+    value_dim: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the delta rule reads of the projected tokens: `causal_conv`, and queries and keys normalised.
+
+    Args:
+        x, weight, carried: as of `causal_conv`; channels are flat queries, keys and values.
+        counts: int32 [batch], a row's tokens in front of its pads.
+        key_dim: of a head of queries and keys.
+        heads: of values.
+        value_dim: of a head of values.
+
+    Returns:
+        (query [batch, seq, key_heads, key_dim] of length key_dim**-0.5 and key of length 1, in at least
+        float32; value [batch, seq, heads, value_dim]; what is carried on). A pad's key and value are zero,
+        its query means nothing.
+    """
+    keys = (x.shape[-1] - heads * value_dim) // 2
+    mixed, carried = causal_conv(x, weight, carried, counts)
+    query, key, value = jnp.split(mixed, [keys, 2 * keys], axis=-1)
+    rows = x.shape[:2]
+    query = l2_normalise(query.reshape(*rows, -1, key_dim)) * key_dim**-0.5
+    key = l2_normalise(key.reshape(*rows, -1, key_dim))
+    token = (jnp.arange(x.shape[1]) < counts[:, None])[..., None, None]
+    return (
+        query,
+        jnp.where(token, key, 0),
+        jnp.where(token, value.reshape(*rows, heads, value_dim), 0),
+        carried,
+    )
 
 
 class DepthwiseConv(nnx.Module):
@@ -90,22 +131,20 @@ class GatedDeltaNet(nnx.Module):
             valid tokens).
         """
         c = self.config
-        value_heads = self.A_log[...].shape[0]
-        key_dim = (self.conv1d.weight[...].shape[0] - value_heads * c.linear_value_head_dim) // 2
         batch, seq, _ = x.shape
-        heads = (batch, seq, -1)
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         mixed, gate, b, a = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
-        mixed, carried = causal_conv(
+        native = self.kernels.pick("conv", x.dtype.name, seq) == "native"
+        conv = functools.partial(native_conv, variant=self.kernels.variant) if native else conv_heads
+        query, key, value, carried = conv(
             mixed,
             self.conv1d.weight[...][:, 0],
             cache.conv,
             valid.sum(axis=1, dtype=jnp.int32),
+            key_dim=c.linear_key_head_dim,
+            heads=self.A_log[...].shape[0],
+            value_dim=c.linear_value_head_dim,
         )
-        query, key, value = jnp.split(mixed, [key_dim, 2 * key_dim], axis=-1)
-        query = l2_normalise(query.reshape(*heads, c.linear_key_head_dim)) * c.linear_key_head_dim**-0.5
-        key = l2_normalise(key.reshape(*heads, c.linear_key_head_dim))
-        value = value.reshape(*heads, c.linear_value_head_dim)
 
         wide = jnp.promote_types(x.dtype, jnp.float32)
         beta = jax.nn.sigmoid(b).astype(wide)
@@ -115,7 +154,6 @@ class GatedDeltaNet(nnx.Module):
         # A pad decays nothing, writes nothing: the state passes through unchanged.
         token = valid[..., None]
         g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
-        key, value = jnp.where(token[..., None], key, 0), jnp.where(token[..., None], value, 0)
 
         output, state = _recur(self.kernels, (query, key, value, g, beta), cache.state, x.dtype.name)
 

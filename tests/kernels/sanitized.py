@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.cpu_kernels import (
     CHUNK_SHAPES,
+    CONV_SHAPES,
     DELTA_SHAPES,
     attention_cases,
     check_attention,
+    check_conv,
     check_delta_chunks,
     check_delta_step,
     check_experts,
@@ -35,6 +37,9 @@ def main() -> None:
             check_linear(*case, variant)
         for index, given in enumerate(expert_cases(seed=102, count=10)):
             check_experts(given, variant, by_slot=index % 2 == 1)
+        for shape in CONV_SHAPES:
+            for dtype in ("float32", "bfloat16"):
+                check_conv(shape, dtype, variant)
         for shape in DELTA_SHAPES:
             check_delta_step(delta_case(103, *shape), variant)
         for shape in CHUNK_SHAPES:

@@ -133,9 +133,9 @@ def test_describe_says_which_kernels_run():
     model = QwenMoe.from_pretrained(ABACUS)
     lines = str(model.describe())
     assert f"{best_variant()} variant" in lines
-    assert "  experts     native" in lines
+    assert "  experts       native" in lines
     assert "held in bfloat16" in lines
-    assert "  experts     gathered" in str(QwenMoe.from_pretrained(ABACUS, kernels="xla").describe())
+    assert "  experts       gathered" in str(QwenMoe.from_pretrained(ABACUS, kernels="xla").describe())
 
 
 def test_every_source_is_in_the_wheel():

@@ -10,10 +10,12 @@ import pytest
 from support.cpu_kernels import (
     BFLOAT16,
     CHUNK_SHAPES,
+    CONV_SHAPES,
     DELTA_SHAPES,
     FLOAT32,
     attention_cases,
     check_attention,
+    check_conv,
     check_delta_chunks,
     check_delta_step,
     check_experts,
@@ -95,6 +97,13 @@ def test_a_token_s_slots_do_not_depend_on_the_other_experts_here(variant):
         for here in (given["expert_ids"] < 4, given["expert_ids"] >= 4)
     )
     np.testing.assert_array_equal(np.asarray(run(lower)) + np.asarray(run(upper)), whole)
+
+
+@variants
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+def test_a_convolution_and_what_follows_it(variant, shape, dtype):
+    check_conv(shape, dtype, variant)
 
 
 @variants

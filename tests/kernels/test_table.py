@@ -43,8 +43,8 @@ def test_what_is_asked_for_wins_and_is_said():
     assert kernels.pick("experts", "bfloat16", 0.1) == "grouped"
     assert kernels.pick("attention", "bfloat16", 1) == "flash"
     lines = kernels.lines("bfloat16")
-    assert "  experts     grouped, asked for" in lines
-    assert any(line.startswith("  attention   flash") for line in lines)
+    assert "  experts       grouped, asked for" in lines
+    assert any(line.startswith("  attention     flash") for line in lines)
 
 
 def test_xla_means_no_kernel_of_our_own():
@@ -85,7 +85,7 @@ def test_a_model_takes_the_experts_asked_for_and_describes_them():
     rng_ids = random_ids({"vocab_size": 400}, 20, 0)[None]
     usual = QwenMoe.from_pretrained(ABACUS, dtype=jnp.float32)
     asked = QwenMoe.from_pretrained(ABACUS, dtype=jnp.float32, kernels={"experts": "dense"})
-    assert "experts     dense, asked for" in str(asked.describe())
+    assert "experts       dense, asked for" in str(asked.describe())
     name = usual.kernels.pick("experts", "float32", 0.1)
     assert f"experts     {name}" in str(usual.describe())
     wanted, found = np.asarray(usual.logits(rng_ids)), np.asarray(asked.logits(rng_ids))

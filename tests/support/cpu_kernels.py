@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_moe_jax.kernels.cpu.calls import (
     native_attention,
+    native_conv,
     native_delta_chunks,
     native_delta_step,
     native_experts,
@@ -18,6 +19,7 @@ from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
 from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.model.delta_net import conv_heads
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
@@ -143,6 +145,42 @@ def delta_case(seed: int, batch: int, key_heads: int, ratio: int, dims: tuple[in
         "g": jnp.asarray(-rng.exponential(size=(batch, heads)), jnp.float32),
         "beta": jnp.asarray(rng.uniform(size=(batch, heads)), jnp.float32),
     }
+
+
+# Batch, tokens, key heads, heads, dims, taps: odd sizes, shared key heads, one token, more than a task takes.
+CONV_SHAPES = [
+    (1, 1, 1, 1, 1, 1, 4),
+    (3, 1, 2, 4, 16, 16, 4),
+    (2, 7, 1, 3, 7, 33, 2),
+    (1, 70, 3, 3, 64, 95, 5),
+    (2, 33, 2, 4, 128, 128, 1),
+]
+CONV_TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}  # a few float32 roundings; one bfloat16 rounding more
+
+
+def check_conv(shape: tuple[int, ...], dtype: str, variant: str) -> None:
+    """Against the plain form, with pads behind every row but the first."""
+    batch, seq, key_heads, heads, key_dim, value_dim, taps = shape
+    rng = np.random.default_rng([16, *shape])
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    given = (
+        jnp.asarray(rng.normal(size=(batch, seq, channels)), dtype),
+        jnp.asarray(rng.normal(size=(channels, taps)), jnp.float32),
+        jnp.asarray(rng.normal(size=(batch, taps - 1, channels)), dtype),
+        jnp.asarray([seq, *rng.integers(0, seq + 1, batch - 1)], jnp.int32),
+    )
+    sizes = {"key_dim": key_dim, "heads": heads, "value_dim": value_dim}
+    found = jax.jit(functools.partial(native_conv, variant=variant, **sizes))(*given)
+    wanted = jax.jit(functools.partial(conv_heads, **sizes))(*given)
+    token = (np.arange(seq) < np.asarray(given[3])[:, None])[..., None, None]
+    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        if index == 0:  # a pad's query means nothing
+            a, b = np.where(token, a, 0), np.where(token, b, 0)
+        exact = index == 3
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=0 if exact else CONV_TOLERANCE[dtype] * max(1, np.abs(b).max(initial=0))
+        )
 
 
 DELTA_SHAPES = [

@@ -80,6 +80,29 @@ def native_experts(
     )[0]
 
 
+def native_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    carried: jax.Array,
+    counts: jax.Array,
+    *,
+    key_dim: int,
+    heads: int,
+    value_dim: int,
+    variant: str,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Convolution, SiLU and norms of a Gated DeltaNet's heads; arguments and results as of `conv_heads`, in
+    float32 but for what is carried."""
+    batch, seq, channels = x.shape
+    keys = (batch, seq, (channels - heads * value_dim) // (2 * key_dim), key_dim)
+    shapes = [(keys, jnp.float32)] * 2 + [((batch, seq, heads, value_dim), jnp.float32)]
+    results = [jax.ShapeDtypeStruct(*each) for each in (*shapes, (carried.shape, x.dtype))]
+    # weights that lie by taps are made once for all steps of a loop
+    operands = (x, weight.T.astype(jnp.float32), carried.astype(x.dtype), counts)
+    query, key, value, carried = _call(variant, "conv", operands, results)
+    return query, key, value, carried
+
+
 def native_delta_step(
     state: jax.Array,
     query: jax.Array,

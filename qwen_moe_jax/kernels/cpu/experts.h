@@ -51,8 +51,6 @@ inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) 
   return order;
 }
 
-inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
-
 // silu(gate) * up, each rounded where the model's dtype rounds; `count` a multiple of LANES, in place of
 // gate.
 inline void activate(float* gate, const float* up, long count, Type type) {

@@ -1,5 +1,6 @@
 // What XLA calls: arguments checked and handed on.
 #include "attention.h"
+#include "conv.h"
 #include "copy.h"
 #include "delta_chunks.h"
 #include "delta_step.h"
@@ -20,6 +21,7 @@ namespace ffi = xla::ffi;
 EXPORTED XLA_FFI_Error* qwen_moe_jax_rows(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_linear(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_experts(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_conv(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_step(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_chunks(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
@@ -176,6 +178,38 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
                                   .Attr<bool>("by_slot"));
 
 using Float32s = ffi::Buffer<ffi::F32>;
+
+static ffi::Error Conv(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32s weight, ffi::AnyBuffer carried,
+                       ffi::Buffer<ffi::S32> counts, ffi::Result<Float32s> query, ffi::Result<Float32s> key,
+                       ffi::Result<Float32s> value, ffi::Result<ffi::AnyBuffer> new_carried) {
+  Type type;
+  if (!type_of(x, type) || type == Type::F8 || carried.element_type() != x.element_type())
+    return wrong("conv: inputs are float32 or bfloat16");
+  auto keys = key->dimensions(), values = value->dimensions(), taps = weight.dimensions();
+  if (keys.size() != 4 || values.size() != 4 || taps.size() != 2 ||
+      2 * keys[2] * keys[3] + values[2] * values[3] != taps[1] || x.dimensions().back() != taps[1])
+    return wrong("conv: shapes");
+  for (int count : ffi::Span<const int>(counts.typed_data(), counts.element_count()))
+    if (count < 0 || count > keys[1]) return wrong("conv: a row has as many tokens as it is long at most");
+  Pool pool(threads);
+  conv_heads(pool, {keys[0], keys[1], keys[2], values[2], keys[3], values[3], taps[0], type,
+                    (const char*)x.untyped_data(), weight.typed_data(), (const char*)carried.untyped_data(),
+                    counts.typed_data(), query->typed_data(), key->typed_data(), value->typed_data(),
+                    (char*)new_carried->untyped_data()});
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_conv, Conv,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Float32s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<Float32s>()
+                                  .Ret<Float32s>()
+                                  .Ret<Float32s>()
+                                  .Ret<ffi::AnyBuffer>());
 
 // Query, key, value, g, beta and state -> output and the state after it.
 static auto recurrence() {

@@ -37,7 +37,8 @@ inline void pack_all(Pool& pool, const Operand& to, const char* x, Type type) {
   pool.run((groups(to) + at_once - 1) / at_once, pack, to.tokens * to.depth < 65536);
 }
 
-constexpr long RUN = 1 << 20;  // most bytes of matrices that a thread takes at once
+constexpr long RUN = 1 << 20;    // most bytes of matrices that a thread takes at once
+constexpr long ROUND = 1 << 20;  // bytes of tokens that are multiplied with all matrices before the next ones
 
 // A matrix and where its product goes: [tokens, w.rows] of `type`.
 struct Product {
@@ -78,31 +79,36 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
   std::vector<long> ends;
   for (const Product& p : products)
     ends.push_back((ends.empty() ? 0 : ends.back()) + (p.w.rows + PANEL - 1) / PANEL);
-  auto multiply = [&](long begin, long end) {
-    Tiles tiles;
+  long panels = ends.back();
+  // tokens of a round, which stay in the second cache while all panels pass by
+  long own_bytes = Operand::bytes(packed[0].way, 32, depth),
+       round = std::clamp(ROUND / own_bytes * 32, 32L, TOKENS);
+  auto multiply = [&](long first_token, long begin, long end) {
     PanelScratch& scratch = PanelScratch::mine();
     for (size_t i = 0; i < products.size() && begin < end; i++) {
       if (begin >= ends[i]) continue;
       Product product = products[i];
-      const Operand& all = *operands[i];
+      Operand some = operands[i]->from(first_token, std::min(round, tokens - first_token));
       long size = size_of(product.type), rows = product.w.rows, before = i ? ends[i - 1] : 0;
-      long stop = std::min(end, ends[i]);
+      long ldc = some.pitch(), stop = std::min(end, ends[i]);
       product.w.rows = std::min(rows, (stop - before) * PANEL);
-      if (all.way == Way::DOT) fetch_rows(product.w, (begin - before) * PANEL, rows_ahead(product.w.stride));
-      // the tokens of a round stay in the second cache
-      for (long t = 0; t < tokens; t += TOKENS) {
-        Operand some = all.from(t, std::min(TOKENS, tokens - t));
-        long ldc = some.pitch();
-        for (long panel = begin; panel < stop; panel++) {
-          long first = (panel - before) * PANEL, count = std::min(PANEL, rows - first);
-          multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
-          write_panel(scratch.c[0], ldc, some.tokens, count, scratch.c[1], product.type,
-                      product.out + (t * rows + first) * size, rows * size);
-        }
+      if (some.way == Way::DOT) fetch_rows(product.w, (begin - before) * PANEL, rows_ahead(product.w.stride));
+      for (; begin < stop; begin++) {
+        long first = (begin - before) * PANEL, count = std::min(PANEL, rows - first);
+        multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
+        write_panel(scratch.c[0], ldc, some.tokens, count, scratch.c[1], product.type,
+                    product.out + (first_token * rows + first) * size, rows * size);
       }
+    }
+  };
+  auto rounds = [&](long begin, long end) {
+    Tiles tiles;
+    while (begin < end) {
+      long r = begin / panels, stop = std::min(end, (r + 1) * panels);
+      multiply(r * round, begin - r * panels, stop - r * panels);
       begin = stop;
     }
   };
   long longest = std::max(1L, RUN / (PANEL * products[0].w.stride));
-  pool.run_ranges(ends.back(), longest, multiply, bytes * (1 + tokens / 32) < 131072);
+  pool.run_ranges((tokens + round - 1) / round * panels, longest, rounds, bytes * (1 + tokens / 32) < 131072);
 }

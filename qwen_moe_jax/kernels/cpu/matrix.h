@@ -8,6 +8,7 @@ enum class Type { F32, BF16, F8 };
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 inline long size_of(Type type) { return type == Type::F32 ? 4 : type == Type::BF16 ? 2 : 1; }
+inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
 
 struct Matrix {
   const void* data;

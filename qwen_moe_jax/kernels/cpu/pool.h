@@ -16,14 +16,13 @@
 // reading some hundred kilobytes.
 class Pool {
  public:
-  explicit Pool(xla::ffi::ThreadPool& threads) : threads_(threads) { shared().callers++; }
-  ~Pool() { shared().callers--; }
+  explicit Pool(xla::ffi::ThreadPool& threads) : threads_(threads) {}
 
-  // How many may work at once: cores, divided among the kernels that run now.
+  // How many may work at once. Kernels that run at the same time share them: a helper that is busy elsewhere
+  // comes when it is done there.
   long workers() const {
     long cores = std::max(1u, std::thread::hardware_concurrency());
-    long share = cores / std::max(1, shared().callers.load());
-    return std::max(1L, std::min(share, (long)threads_.num_threads()));
+    return std::clamp((long)threads_.num_threads(), 1L, cores);
   }
 
   using Work = std::function<void(long, long)>;
@@ -84,7 +83,6 @@ class Pool {
   };
 
   struct Shared {
-    std::atomic<int> callers{0};  // kernels that run
     std::atomic<int> looking{0};  // helpers without work
     std::atomic<long> published{0};
     std::mutex mutex;
