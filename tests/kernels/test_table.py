@@ -87,7 +87,7 @@ def test_a_model_takes_the_experts_asked_for_and_describes_them():
     asked = QwenMoe.from_pretrained(ABACUS, dtype=jnp.float32, kernels={"experts": "dense"})
     assert "experts       dense, asked for" in str(asked.describe())
     name = usual.kernels.pick("experts", "float32", 0.1)
-    assert f"experts     {name}" in str(usual.describe())
+    assert f"experts       {name}" in str(usual.describe())
     wanted, found = np.asarray(usual.logits(rng_ids)), np.asarray(asked.logits(rng_ids))
     assert (wanted != found).any()  # other programs
     np.testing.assert_allclose(found, wanted, rtol=0, atol=LOGITS_TOLERANCE * np.abs(wanted).max())
