@@ -1,5 +1,6 @@
 """The C++ kernels against plain XLA, in every variant that this processor runs."""
 
+import functools
 import os
 import shutil
 
@@ -13,6 +14,7 @@ from support.cpu_kernels import (
     CONV_SHAPES,
     DELTA_SHAPES,
     FLOAT32,
+    attention_case,
     attention_cases,
     check_attention,
     check_conv,
@@ -30,7 +32,12 @@ from support.cpu_kernels import (
 
 from qwen_moe_jax import make_mesh
 from qwen_moe_jax.kernels.cpu.build import copy_finite, load, runnable_variants
-from qwen_moe_jax.kernels.cpu.calls import native_delta_step, native_experts, native_linears
+from qwen_moe_jax.kernels.cpu.calls import (
+    native_attention,
+    native_delta_step,
+    native_experts,
+    native_linears,
+)
 
 if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -122,6 +129,16 @@ def test_chunks_of_the_delta_rule(variant, shape):
 def test_attention_of_random_shapes(variant):
     for given in attention_cases(seed=7, count=16):
         check_attention(given, variant)
+
+
+@variants
+def test_a_row_s_attention_does_not_depend_on_the_others_of_its_batch(variant):
+    given = attention_case(12, 3, 1, 2, 4, 64, 3000, FLOAT32, FLOAT32)
+    run = jax.jit(functools.partial(native_attention, variant=variant))
+    together = run(**given)[0]
+    for row in range(3):
+        alone = run(**jax.tree.map(lambda x, row=row: x[row : row + 1], given))[0]
+        np.testing.assert_array_equal(alone[0], together[row])
 
 
 @variants

@@ -184,16 +184,16 @@ struct Asked {
 // heads, which lie side by side: memory is fetched in longer pieces than one head's.
 inline void attend_few(Pool& pool, const Attention& a) {
   long group = a.group(), queries = a.seq * group, padded = round_up(a.dim, 2 * LANES);
-  long longest = a.longest(), share = a.batch * longest / (4 * pool.workers());
-  long span = std::clamp(round_up(share, KEYS), KEYS, 8 * KEYS);  // keys of a task
-  long spans = (longest + span - 1) / span;
+  // keys of a task, always the same, so that a row's sums do not depend on the others of its batch
+  constexpr long SPAN = 4 * KEYS;
+  long spans = (a.longest() + SPAN - 1) / SPAN;
   bool pairs = a.cache_type == Type::BF16;
   // of a head and a task: each query's sum, then its top and total
   long record = queries * (padded + 2);
   Workspace memory(4 * record * a.batch * a.kv_heads * spans + 64);
   float* records = memory.as<float>();
   pool.run(a.batch * spans, [&](long task) {
-    long b = task / spans, begin = task % spans * span;
+    long b = task / spans, begin = task % spans * SPAN;
     long packed = round_up(Operand::bytes(choose_way(queries, a.keys(b, 0), a.type), queries, a.dim), 64);
     char* room = thread_memory(a.kv_heads * packed);
     Tiles tiles;
@@ -204,7 +204,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
       std::fill(sums, sums + record, 0.f);
       std::fill(sums + queries * padded, sums + queries * (padded + 1), NOTHING);
       heads.emplace_back(a, b, head, room + head * packed, sums);
-      end = std::min(heads.back().queries.end, begin + span);
+      end = std::min(heads.back().queries.end, begin + SPAN);
     }
     if (begin >= end) return;
     float* scores = PanelScratch::mine().c[0];
