@@ -16,14 +16,11 @@
 // reading some hundred kilobytes.
 class Pool {
  public:
-  explicit Pool(xla::ffi::ThreadPool& threads) : threads_(threads) {}
+  explicit Pool(xla::ffi::ThreadPool& threads) : threads_(threads) { shared().callers++; }
+  ~Pool() { shared().callers--; }
 
-  // How many may work at once. Kernels that run at the same time share them: a helper that is busy elsewhere
-  // comes when it is done there.
-  long workers() const {
-    long cores = std::max(1u, std::thread::hardware_concurrency());
-    return std::clamp((long)threads_.num_threads(), 1L, cores);
-  }
+  // How many may work at once. A helper that is busy in another kernel comes when it is done there.
+  long workers() const { return std::clamp((long)threads_.num_threads(), 1L, cores()); }
 
   using Work = std::function<void(long, long)>;
 
@@ -33,7 +30,7 @@ class Pool {
   // threads would wait for the last one.
   void run_ranges(long count, long longest, const Work& work, bool alone = false) {
     if (count <= 0) return;
-    long threads = alone ? 1 : std::min(workers(), count), helpers = threads - 1;
+    long threads = alone || crowded() ? 1 : std::min(workers(), count), helpers = threads - 1;
     if (helpers == 0) return work(0, count);
     auto job = std::make_shared<Job>(count, longest, threads, &work);
     {
@@ -83,6 +80,7 @@ class Pool {
   };
 
   struct Shared {
+    std::atomic<int> callers{0};  // kernels that run
     std::atomic<int> looking{0};  // helpers without work
     std::atomic<long> published{0};
     std::mutex mutex;
@@ -93,6 +91,10 @@ class Pool {
     static Shared one;
     return one;
   }
+
+  static long cores() { return std::max(1u, std::thread::hardware_concurrency()); }
+  // Every core has a kernel of its own, as with many devices.
+  static bool crowded() { return shared().callers > cores(); }
 
   static void pause() {
 #if defined(__x86_64__)
@@ -109,7 +111,7 @@ class Pool {
       job->join();
       shared().looking++;
       auto give_up = Clock::now() + std::chrono::microseconds(LOOK);
-      while (shared().published == seen && Clock::now() < give_up) pause();
+      while (shared().published == seen && !crowded() && Clock::now() < give_up) pause();
       shared().looking--;
       if (shared().published == seen) return;
       std::lock_guard<std::mutex> lock(shared().mutex);
