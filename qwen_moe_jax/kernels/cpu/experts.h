@@ -77,15 +77,11 @@ inline void run_experts(Pool& pool, const Experts& e) {
     return operand(g.count, e.down, e.type, inner_memory.as<char>() + g.inner);
   };
   long groups_found = (long)found.size();
-  // calls work(group, begin, end) for the panels of a run, group by group
+  // work(group, begin, end) for the panels of a run, group by group
   auto by_group = [&](long panels, auto work) {
     return [=, &found](long begin, long end) {
       Tiles tiles;
-      while (begin < end) {
-        long g = begin / panels, stop = std::min(end, (g + 1) * panels);
-        work(found[g], begin - g * panels, stop - g * panels);
-        begin = stop;
-      }
+      by_stretch(begin, end, panels, [&](long g, long first, long last) { work(found[g], first, last); });
     };
   };
 
@@ -102,10 +98,8 @@ inline void run_experts(Pool& pool, const Experts& e) {
     float *gate = scratch.c[0], *up = scratch.c[1];
     Matrix gates = gate_up, ups = gate_up;
     gates.rows = std::min(inner, end * PANEL), ups.rows = inner + gates.rows;
-    if (x.way == Way::DOT) {
-      fetch_rows(gates, begin * PANEL, rows_ahead(gates.stride));
-      fetch_rows(ups, inner + begin * PANEL, rows_ahead(ups.stride));
-    }
+    fetch_beginning(gates, begin * PANEL, x.way);
+    fetch_beginning(ups, inner + begin * PANEL, x.way);
     for (long p = begin; p < end; p++) {
       long first = p * PANEL, count = std::min(PANEL, inner - first);
       multiply_panel(gates, first, count, x, gate, ldc);
@@ -125,7 +119,7 @@ inline void run_experts(Pool& pool, const Experts& e) {
     Operand x = inner_of(g);
     long ldc = x.pitch();
     down.rows = std::min(hidden, end * PANEL);
-    if (x.way == Way::DOT) fetch_rows(down, begin * PANEL, rows_ahead(down.stride));
+    fetch_beginning(down, begin * PANEL, x.way);
     for (long p = begin; p < end; p++) {
       long first = p * PANEL, count = std::min(PANEL, hidden - first);
       multiply_panel(down, first, count, x, scratch.c[0], ldc);

@@ -83,7 +83,8 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
   // tokens of a round, which stay in the second cache while all panels pass by
   long own_bytes = Operand::bytes(packed[0].way, 32, depth),
        round = std::clamp(ROUND / own_bytes * 32, 32L, TOKENS);
-  auto multiply = [&](long first_token, long begin, long end) {
+  auto multiply = [&](long r, long begin, long end) {
+    long first_token = r * round;
     PanelScratch& scratch = PanelScratch::mine();
     for (size_t i = 0; i < products.size() && begin < end; i++) {
       if (begin >= ends[i]) continue;
@@ -92,7 +93,7 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
       long size = size_of(product.type), rows = product.w.rows, before = i ? ends[i - 1] : 0;
       long ldc = some.pitch(), stop = std::min(end, ends[i]);
       product.w.rows = std::min(rows, (stop - before) * PANEL);
-      if (some.way == Way::DOT) fetch_rows(product.w, (begin - before) * PANEL, rows_ahead(product.w.stride));
+      fetch_beginning(product.w, (begin - before) * PANEL, some.way);
       for (; begin < stop; begin++) {
         long first = (begin - before) * PANEL, count = std::min(PANEL, rows - first);
         multiply_panel(product.w, first, count, some, scratch.c[0], ldc);
@@ -103,11 +104,7 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
   };
   auto rounds = [&](long begin, long end) {
     Tiles tiles;
-    while (begin < end) {
-      long r = begin / panels, stop = std::min(end, (r + 1) * panels);
-      multiply(r * round, begin - r * panels, stop - r * panels);
-      begin = stop;
-    }
+    by_stretch(begin, end, panels, multiply);
   };
   long longest = std::max(1L, RUN / (PANEL * products[0].w.stride));
   pool.run_ranges((tokens + round - 1) / round * panels, longest, rounds, bytes * (1 + tokens / 32) < 131072);

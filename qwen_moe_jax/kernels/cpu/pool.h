@@ -19,9 +19,6 @@ class Pool {
   explicit Pool(xla::ffi::ThreadPool& threads) : threads_(threads) { shared().callers++; }
   ~Pool() { shared().callers--; }
 
-  // How many may work at once. A helper that is busy in another kernel comes when it is done there.
-  long workers() const { return std::clamp((long)threads_.num_threads(), 1L, cores()); }
-
   using Work = std::function<void(long, long)>;
 
   // Calls work(begin, end) for runs that together are 0 .. count, in no order, and returns when all are done;
@@ -92,6 +89,8 @@ class Pool {
     return one;
   }
 
+  // How many may work at once. A helper that is busy in another kernel comes when it is done there.
+  long workers() const { return std::clamp((long)threads_.num_threads(), 1L, cores()); }
   static long cores() { return std::max(1u, std::thread::hardware_concurrency()); }
   // Every core has a kernel of its own, as with many devices.
   static bool crowded() { return shared().callers > cores(); }
@@ -122,6 +121,17 @@ class Pool {
   static constexpr int LOOK = 50;  // microseconds
   xla::ffi::ThreadPool& threads_;
 };
+
+// Calls work(i, first, last) for each piece of begin .. end that lies in the i-th stretch of `size`, counted
+// from that stretch's beginning.
+template <class Work>
+inline void by_stretch(long begin, long end, long size, const Work& work) {
+  while (begin < end) {
+    long i = begin / size, stop = std::min(end, (i + 1) * size);
+    work(i, begin - i * size, stop - i * size);
+    begin = stop;
+  }
+}
 
 // Memory that outlives the call, to be used by the next one: fresh pages cost more than what is written to
 // them.
