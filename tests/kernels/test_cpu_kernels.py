@@ -142,7 +142,7 @@ def test_a_row_s_attention_does_not_depend_on_the_others_of_its_batch(variant):
 
 
 @variants
-@pytest.mark.parametrize("tokens", [1, 3, 8, 20, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16, 20, 40])
 @pytest.mark.parametrize("held", [FLOAT32, BFLOAT16])
 def test_nan_and_infinities_reach_their_own_results_only(variant, held, tokens):
     rng = np.random.default_rng(8)
