@@ -1,10 +1,9 @@
 """One of several processes: loads a checkpoint on a mesh of all their devices, prints what it found as JSON.
 
-python worker.py ADDRESS PROCESSES ID DEVICES FOLDER SIZES MODE TASK, where TASK is "run" or "die".
+python worker.py ADDRESS PROCESSES ID DEVICES FOLDER SIZES MODE TASK, where TASK is "run" or "loop".
 """
 
 import json
-import os
 import sys
 
 import jax
@@ -24,13 +23,11 @@ def main() -> None:
     )
     assert model.layout is not None
     prompts = [list(range(1, 14)), [5, 3, 2], [7] * 9]
-    if task == "die":
-        generation = model.generate(prompts, max_new_tokens=8)  # everything is compiled, everyone is here
+    if task == "loop":
+        model.generate(prompts, max_new_tokens=8)  # everything is compiled
         print("ready", flush=True)
-        if int(number) == 1:
-            os._exit(9)
-        while True:
-            generation = model.generate(prompts, max_new_tokens=8)
+        while True:  # until someone is killed
+            model.generate(prompts, max_new_tokens=8)
     generation = model.generate(prompts, max_new_tokens=8)
     sampled = model.generate(prompts, max_new_tokens=8, do_sample=True, seed=3, frequency_penalty=0.5)
     report = model.check_layout()
