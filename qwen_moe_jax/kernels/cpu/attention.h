@@ -304,8 +304,7 @@ inline void attend_many(Pool& pool, const Attention& a) {
     float *scores = PanelScratch::mine().c[0], *part = PanelScratch::mine().c[1];
     for (long first = 0; first < asked.end; first += KEYS) {
       long count = std::min(KEYS, asked.end - first);
-      for (long p = 0; p < count; p += PANEL)
-        multiply_panel(k, first + p, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
+      multiply_panels(k, first, count, x, scores, ldc);
       softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
       long even = round_up(count, 2);
       if (even > count) std::fill(scores + count * ldc, scores + even * ldc, 0.f);

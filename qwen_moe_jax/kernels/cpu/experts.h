@@ -60,6 +60,9 @@ inline void activate(float* gate, const float* up, long count, Type type) {
   }
 }
 
+// Most bytes of experts that a thread takes at once: most experts whole, whose tokens are then packed once.
+constexpr long EXPERT_RUN = 4 << 20;
+
 inline void run_experts(Pool& pool, const Experts& e) {
   std::vector<Group> found;
   std::vector<int> order = sort_slots(e, found);
@@ -100,16 +103,18 @@ inline void run_experts(Pool& pool, const Experts& e) {
     gates.rows = std::min(inner, end * PANEL), ups.rows = inner + gates.rows;
     fetch_beginning(gates, begin * PANEL, x.way);
     fetch_beginning(ups, inner + begin * PANEL, x.way);
-    for (long p = begin; p < end; p++) {
-      long first = p * PANEL, count = std::min(PANEL, inner - first);
-      multiply_panel(gates, first, count, x, gate, ldc);
-      multiply_panel(ups, inner + first, count, x, up, ldc);
+    // as many panels of either half in a row as there is room for
+    long at_once = TOKENS / ldc * PANEL, stop = gates.rows;
+    for (long first = begin * PANEL; first < stop; first += at_once) {
+      long count = std::min(at_once, stop - first);
+      multiply_panels(gates, first, count, x, gate, ldc);
+      multiply_panels(ups, inner + first, count, x, up, ldc);
       activate(gate, up, round_up(count * ldc, LANES), e.type);
       for (long r = 0; r < count; r += 2)
         put_pair(to, first + r, gate + r * ldc, r + 1 < count ? gate + (r + 1) * ldc : nullptr);
     }
   };
-  pool.run_ranges(groups_found * up_panels, std::max(1L, RUN / (2 * PANEL * e.gate_up.stride)),
+  pool.run_ranges(groups_found * up_panels, std::max(1L, EXPERT_RUN / (2 * PANEL * e.gate_up.stride)),
                   by_group(up_panels, up_product));
 
   long down_panels = (hidden + PANEL - 1) / PANEL;
@@ -118,16 +123,18 @@ inline void run_experts(Pool& pool, const Experts& e) {
     Matrix down = expert_of(e.down, g.expert);
     Operand x = inner_of(g);
     long ldc = x.pitch();
-    down.rows = std::min(hidden, end * PANEL);
+    long at_once = TOKENS / ldc * PANEL, stop = std::min(hidden, end * PANEL);
+    down.rows = stop;
     fetch_beginning(down, begin * PANEL, x.way);
-    for (long p = begin; p < end; p++) {
-      long first = p * PANEL, count = std::min(PANEL, hidden - first);
-      multiply_panel(down, first, count, x, scratch.c[0], ldc);
-      write_panel(scratch.c[0], ldc, g.count, count, scratch.c[1], e.type,
-                  slot_outputs + (g.first * hidden + first) * size, hidden * size);
+    for (long first = begin * PANEL; first < stop; first += at_once) {
+      long count = std::min(at_once, stop - first);
+      multiply_panels(down, first, count, x, scratch.c[0], ldc);
+      for (long r = 0; r < count; r += PANEL)
+        write_panel(scratch.c[0] + r * ldc, ldc, g.count, std::min(PANEL, count - r), scratch.c[1], e.type,
+                    slot_outputs + (g.first * hidden + first + r) * size, hidden * size);
     }
   };
-  pool.run_ranges(groups_found * down_panels, std::max(1L, RUN / (PANEL * e.down.stride)),
+  pool.run_ranges(groups_found * down_panels, std::max(1L, EXPERT_RUN / (PANEL * e.down.stride)),
                   by_group(down_panels, down_product));
 
   // every token's slots, in their order

@@ -94,7 +94,6 @@ inline void fma_product(const Matrix& w, long first, long count, const Operand& 
 
 #if defined(HAS_TILES)
 inline void tile_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  constexpr long MOST = TILE_VECTORS;
   long padded = Operand::padded_depth(x.way, x.depth);
   for (long k = 0; k < x.depth; k += TILE_DEPTH) {
     long depth = std::min(TILE_DEPTH, x.depth - k), whole = round_up(depth, 32);
@@ -107,17 +106,7 @@ inline void tile_product(const Matrix& w, long first, long count, const Operand&
       panel = copy;
       stride = 64, step = TILE_STEP;
     }
-    for (long g = 0; g < groups(x); g += MOST) {
-      const char* from = x.data + (g * padded + k) * 32;
-      long vectors = std::min(MOST, groups(x) - g);
-      float* to = c + g * 16;
-      if (vectors == MOST)
-        tile_block<MOST>(panel, stride, step, from, padded * 32, whole, k > 0, to, ldc);
-      else if (vectors == 2)
-        tile_block<2>(panel, stride, step, from, padded * 32, whole, k > 0, to, ldc);
-      else
-        tile_block<1>(panel, stride, step, from, padded * 32, whole, k > 0, to, ldc);
-    }
+    tile_panel(panel, stride, step, x.data + k * 32, padded * 32, groups(x), whole, k > 0, c, ldc);
   }
 }
 #endif
@@ -131,6 +120,12 @@ inline void multiply_panel(const Matrix& w, long first, long count, const Operan
   if (x.way == Way::TILES) return tile_product(w, first, count, x, c, ldc);
 #endif
   fma_product(w, first, count, x, c, ldc);
+}
+
+// The same for any number of rows, from panel to panel.
+inline void multiply_panels(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
+  for (long r = 0; r < count; r += PANEL)
+    multiply_panel(w, first + r, std::min(PANEL, count - r), x, c + r * ldc, ldc);
 }
 
 // The tiles of this thread, for as long as it lives.

@@ -10,7 +10,7 @@ constexpr long PANEL = 32;
 constexpr long AHEAD = 16384;  // bytes that are fetched ahead of those being read, into the second cache
 constexpr long TOKENS = 512;   // most tokens a panel is multiplied with at once
 // Of a step along k. In float32 sums of steps are added up, which loses less than one long sum.
-constexpr long FMA_DEPTH = 128, TILE_DEPTH = 1024;
+constexpr long FMA_DEPTH = 128, TILE_DEPTH = 2048;
 
 // --- DOT
 
@@ -139,50 +139,85 @@ inline void fma_rows(const float* w, long row_stride, long k_stride, const float
 // --- TILES
 
 #if defined(__AMX_BF16__)
-constexpr long TILE_VECTORS = 2;  // of 16 tokens at once
-
 struct TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A panel's 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 16 * VECTORS tokens.
-template <int VECTORS>
-inline void tile_block(const char* w, long stride, long step, const char* x, long x_stride, long depth,
-                       bool add, float* c, long ldc) {
+// 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 32 tokens.
+inline void tile_square(const char* w, long stride, long step, const char* x, long x_stride, long depth,
+                        bool add, float* c, long ldc) {
+  float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
   if (add) {
     _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + 16 * ldc, ldc * 4);
-    if (VECTORS == 2) _tile_loadd(2, c + 16, ldc * 4);
-    if (VECTORS == 2) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    _tile_loadd(1, c1, ldc * 4);
+    _tile_loadd(2, c2, ldc * 4);
+    _tile_loadd(3, c3, ldc * 4);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    if (VECTORS == 2) _tile_zero(2);
-    if (VECTORS == 2) _tile_zero(3);
+    _tile_zero(2);
+    _tile_zero(3);
   }
-  for (long k = 0; k < depth; k += 32) {
-    const char* from = w + k / 32 * step;
-    _tile_loadd(4, from, stride);
+  for (long k = 0; k < depth; k += 32, w += step) {
+    _tile_loadd(4, w, stride);
     _tile_loadd(6, x + k * 32, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, from + 16 * stride, stride);
-    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(5, w + 16 * stride, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, x + x_stride + k * 32, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c1, ldc * 4);
+  _tile_stored(2, c2, ldc * 4);
+  _tile_stored(3, c3, ldc * 4);
+}
+
+// 16 rows times 16 * VECTORS tokens, one or two vectors.
+template <int VECTORS>
+inline void tile_strip(const char* w, long stride, long step, const char* x, long x_stride, long depth,
+                       bool add, float* c, long ldc) {
+  if (add) {
+    _tile_loadd(0, c, ldc * 4);
+    if (VECTORS == 2) _tile_loadd(1, c + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    if (VECTORS == 2) _tile_zero(1);
+  }
+  for (long k = 0; k < depth; k += 32, w += step) {
+    _tile_loadd(4, w, stride);
+    _tile_loadd(6, x + k * 32, 64);
+    _tile_dpbf16ps(0, 4, 6);
     if (VECTORS == 2) {
       _tile_loadd(7, x + x_stride + k * 32, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(1, 4, 7);
     }
   }
   _tile_stored(0, c, ldc * 4);
-  _tile_stored(1, c + 16 * ldc, ldc * 4);
-  if (VECTORS == 2) _tile_stored(2, c + 16, ldc * 4);
-  if (VECTORS == 2) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  if (VECTORS == 2) _tile_stored(1, c + 16, ldc * 4);
+}
+
+// A panel's 32 rows times 16 * vectors tokens, `x_stride` bytes from one vector to the next. Rows that are
+// read for up to two vectors alone come from memory; the processor fetches ahead of 16 rows at once, but not
+// of 32.
+inline void tile_panel(const char* w, long stride, long step, const char* x, long x_stride, long vectors,
+                       long depth, bool add, float* c, long ldc) {
+  long v = 0;
+  if (vectors > 2)
+    for (; v + 2 <= vectors; v += 2)
+      tile_square(w, stride, step, x + v * x_stride, x_stride, depth, add, c + v * 16, ldc);
+  for (long r = 0; r < PANEL; r += 16) {
+    const char *rows = w + r * stride, *from = x + v * x_stride;
+    float* to = c + r * ldc + v * 16;
+    if (vectors - v == 2) tile_strip<2>(rows, stride, step, from, x_stride, depth, add, to, ldc);
+    if (vectors - v == 1) tile_strip<1>(rows, stride, step, from, x_stride, depth, add, to, ldc);
+  }
 }
 #elif defined(HAS_TILES)
-constexpr long TILE_VECTORS = 3;
-
+// A panel's 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 16 * VECTORS tokens.
 template <int VECTORS>
 inline void tile_block(const char* w, long stride, long step, const char* x, long x_stride, long depth,
                        bool add, float* c, long ldc) {
@@ -204,6 +239,15 @@ inline void tile_block(const char* w, long stride, long step, const char* x, lon
     }
     for (long i = 0; i < ROWS; i++)
       for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + (r + i) * ldc + v * 16, total[i][v]);
+  }
+}
+
+// The same for any number of vectors.
+inline void tile_panel(const char* w, long stride, long step, const char* x, long x_stride, long vectors,
+                       long depth, bool add, float* c, long ldc) {
+  for (long v = 0; v < vectors; v += 3) {
+    auto block = vectors - v >= 3 ? tile_block<3> : vectors - v == 2 ? tile_block<2> : tile_block<1>;
+    block(w, stride, step, x + v * x_stride, x_stride, depth, add, c + v * 16, ldc);
   }
 }
 #endif
