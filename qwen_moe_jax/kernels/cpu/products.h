@@ -145,9 +145,10 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 32 tokens.
+// 32 rows, `stride` bytes apart, each 32 elements `step` bytes further, times 32 tokens. Meanwhile `rows`
+// rows at `next` are fetched into the second cache; a fetch from where nothing lies does no harm.
 inline void tile_square(const char* w, long stride, long step, const char* x, long x_stride, long depth,
-                        bool add, float* c, long ldc) {
+                        bool add, float* c, long ldc, const char* next, long rows) {
   float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
   if (add) {
     _tile_loadd(0, c, ldc * 4);
@@ -161,6 +162,7 @@ inline void tile_square(const char* w, long stride, long step, const char* x, lo
     _tile_zero(3);
   }
   for (long k = 0; k < depth; k += 32, w += step) {
+    for (long r = 0; r < rows; r++) __builtin_prefetch(next + r * stride + 2 * k, 0, 2);
     _tile_loadd(4, w, stride);
     _tile_loadd(6, x + k * 32, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -206,9 +208,13 @@ inline void tile_strip(const char* w, long stride, long step, const char* x, lon
 inline void tile_panel(const char* w, long stride, long step, const char* x, long x_stride, long vectors,
                        long depth, bool add, float* c, long ldc) {
   long v = 0;
-  if (vectors > 2)
+  if (vectors > 2) {
+    // rows that one square fetches of the next panel, where rows are read from where they lie
+    long share = step == 64 ? (PANEL + vectors / 2 - 1) / (vectors / 2) : 0;
     for (; v + 2 <= vectors; v += 2)
-      tile_square(w, stride, step, x + v * x_stride, x_stride, depth, add, c + v * 16, ldc);
+      tile_square(w, stride, step, x + v * x_stride, x_stride, depth, add, c + v * 16, ldc,
+                  w + (PANEL + v / 2 * share) * stride, share);
+  }
   for (long r = 0; r < PANEL; r += 16) {
     const char *rows = w + r * stride, *from = x + v * x_stride;
     float* to = c + r * ldc + v * 16;
