@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def test_a_dead_process_ends_the_other_with_an_error() -> None:
         # only now: were one to die by itself, the other might still be on its way to "ready"
         started = time.monotonic()
         workers[1].kill()
+        assert workers[1].wait(timeout=30) == -signal.SIGKILL, "it went on until it was killed"
         _, errors = workers[0].communicate(timeout=3 * HEARTBEAT_SECONDS)
         assert workers[0].returncode != 0
         assert errors, "the survivor says why"

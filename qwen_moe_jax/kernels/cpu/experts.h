@@ -104,7 +104,7 @@ inline void run_experts(Pool& pool, const Experts& e) {
     fetch_beginning(gates, begin * PANEL, x.way);
     fetch_beginning(ups, inner + begin * PANEL, x.way);
     // as many panels of either half in a row as there is room for
-    long at_once = TOKENS / ldc * PANEL, stop = gates.rows;
+    long at_once = PanelScratch::rows(ldc), stop = gates.rows;
     for (long first = begin * PANEL; first < stop; first += at_once) {
       long count = std::min(at_once, stop - first);
       multiply_panels(gates, first, count, x, gate, ldc);
@@ -123,7 +123,7 @@ inline void run_experts(Pool& pool, const Experts& e) {
     Matrix down = expert_of(e.down, g.expert);
     Operand x = inner_of(g);
     long ldc = x.pitch();
-    long at_once = TOKENS / ldc * PANEL, stop = std::min(hidden, end * PANEL);
+    long at_once = PanelScratch::rows(ldc), stop = std::min(hidden, end * PANEL);
     down.rows = stop;
     fetch_beginning(down, begin * PANEL, x.way);
     for (long first = begin * PANEL; first < stop; first += at_once) {

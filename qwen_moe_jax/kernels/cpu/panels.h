@@ -40,6 +40,9 @@ struct PanelScratch {
   alignas(64) float c[2][PANEL * TOKENS];  // two, for the halves of an MLP's first product
   alignas(64) char panel[std::max(PANEL * 4 * FMA_DEPTH, TILE_DEPTH / 32 * TILE_STEP)];
 
+  // Rows of a result, in whole panels, that one of c has room for.
+  static long rows(long ldc) { return TOKENS / ldc * PANEL; }
+
   static PanelScratch& mine() {
     static thread_local std::unique_ptr<PanelScratch> own;
     if (!own) own.reset(new PanelScratch);

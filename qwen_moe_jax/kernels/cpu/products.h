@@ -178,7 +178,7 @@ inline void tile_square(const char* w, long stride, long step, const char* x, lo
   _tile_stored(3, c3, ldc * 4);
 }
 
-// 16 rows times 16 * VECTORS tokens, one or two vectors.
+// 16 rows, laid out likewise, times 16 * VECTORS tokens, one or two vectors.
 template <int VECTORS>
 inline void tile_strip(const char* w, long stride, long step, const char* x, long x_stride, long depth,
                        bool add, float* c, long ldc) {
@@ -202,9 +202,9 @@ inline void tile_strip(const char* w, long stride, long step, const char* x, lon
   if (VECTORS == 2) _tile_stored(1, c + 16, ldc * 4);
 }
 
-// A panel's 32 rows times 16 * vectors tokens, `x_stride` bytes from one vector to the next. Rows that are
-// read for up to two vectors alone come from memory; the processor fetches ahead of 16 rows at once, but not
-// of 32.
+// A panel's 32 rows times 16 * vectors tokens, `x_stride` bytes from one vector to the next. Up to two
+// vectors take as long as their rows take to come from memory, and 16 of them at once come faster than 32;
+// more vectors leave time to fetch the next panel.
 inline void tile_panel(const char* w, long stride, long step, const char* x, long x_stride, long vectors,
                        long depth, bool add, float* c, long ldc) {
   long v = 0;
