@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.formats.cache import empty_cache
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import empty_cache
 from qwen_moe_jax.model.decoder import Decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy

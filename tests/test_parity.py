@@ -26,9 +26,9 @@ from support.reference import (
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.formats.cache import empty_cache
 from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.kernels.table import make_kernels
-from qwen_moe_jax.model.cache import empty_cache
 
 # One or two seeds a group of lengths; together: 1 to 4 KV heads, key/value head ratios 1, 2, 4, all
 # kernels, all-linear and all-full models, YaRN, tied embeddings, top-1 to top-8.

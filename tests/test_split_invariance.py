@@ -14,10 +14,10 @@ from support.reference import save_reference
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.kernels.table import make_kernels
-from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 
 # lfllf with a convolution of kernel 4: both layer kinds, also one behind the other.
 SEED = 26

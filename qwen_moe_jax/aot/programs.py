@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from qwen_moe_jax.formats.cache import HybridCache
 from qwen_moe_jax.generation.engine import DecodeState, Engine, Sampler
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 from qwen_moe_jax.generation.shapes import cache_capacity, chunk_length
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import HybridCache
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward
 from qwen_moe_jax.parallel.layout import Layout

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qwen_moe_jax.formats.cache import HybridCache
 from qwen_moe_jax.generation.batching import right_pad
 from qwen_moe_jax.generation.forward import Forward
 from qwen_moe_jax.generation.sampling import (
@@ -24,7 +25,6 @@ from qwen_moe_jax.generation.sampling import (
     step_keys,
 )
 from qwen_moe_jax.generation.shapes import cache_capacity, chunk_length, chunk_spans
-from qwen_moe_jax.model.cache import HybridCache
 
 BLOCK_STEPS = 16  # most decode steps in one device call
 

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import jax
 
+from qwen_moe_jax.formats.cache import HybridCache, empty_cache
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import HybridCache, empty_cache
 from qwen_moe_jax.model.decoder import Decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.gathered_matmul import gathered_matmul
 from qwen_moe_jax.kernels.grouped_matmul import TileSizes, grouped_matmul
 from qwen_moe_jax.kernels.launch import Schedule
 from qwen_moe_jax.kernels.tiles import sort_into_tiles
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 _ROW = TileSizes(columns=16, inner=256, schedule=Schedule(warps=4, stages=2))
 

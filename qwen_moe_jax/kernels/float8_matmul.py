@@ -6,19 +6,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled
 from qwen_moe_jax.kernels.experts import tile_sizes
 from qwen_moe_jax.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.kernels.tiles import Tiles
-from qwen_moe_jax.model.block_scaled import BlockScaled
 
 
-def float8_matmul(x: jax.Array, weight: BlockScaled, dtype: DTypeLike) -> jax.Array:
+def float8_matmul(
+    x: jax.Array, weight: BlockScaled, dtype: DTypeLike, *, widening: str, interpret: bool
+) -> jax.Array:
     """x @ weight^T, the matrix rounded to x.dtype as it is read, accumulated in float32 and rounded once.
 
     Args:
         x: [..., in].
         weight: [out, in].
         dtype: of the result.
+        widening: inside the kernel, `Kernels.kernel_widening`.
+        interpret: as of `launch`.
 
     Returns:
         [..., out].
@@ -35,9 +39,9 @@ def float8_matmul(x: jax.Array, weight: BlockScaled, dtype: DTypeLike) -> jax.Ar
         slots_per_row=1,
         sizes=tile_sizes(rows, float8=True),
         expected_groups=1,
-        widening=weight.kernels.kernel_widening,
+        widening=widening,
         name="float8_matmul",
-        interpret=weight.kernels.interpret,
+        interpret=interpret,
         dtype=dtype,
     )
     return outputs.reshape(*leading, weight.shape[0])

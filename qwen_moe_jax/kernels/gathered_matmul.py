@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, split_matrix, sums, up_to_power
 from qwen_moe_jax.kernels.launch import KernelCost, launch
 from qwen_moe_jax.kernels.widen import tile_of
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 
 def gathered_matmul(

@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.launch import KernelCost, Schedule, launch
 from qwen_moe_jax.kernels.tiles import Tiles
 from qwen_moe_jax.kernels.widen import tile_of
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 
 @dataclasses.dataclass(frozen=True)

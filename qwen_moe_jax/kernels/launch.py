@@ -12,7 +12,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qwen_moe_jax.model.varying import vary_like, varying_axes
+from qwen_moe_jax.kernels.varying import vary_like, varying_axes
 
 COST = "qwen_moe_jax_cost"
 

@@ -192,7 +192,7 @@ class Kernels:
         """How XLA widens float8_e4m3fn here, exactly either way.
 
         "native" where the hardware's float8 is this one, "fnuz" where it is e4m3fnuz, "bits" through the bits
-        of a float16; see `model/block_scaled.py`.
+        of a float16; see `formats/block_scaled.py`.
         """
         return {"gfx950": "native", "gfx942": "fnuz"}.get(self.target, "bits")
 

@@ -10,16 +10,16 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.kernels.cpu.calls import native_attention
 from qwen_moe_jax.kernels.flash_attention import attend
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.kernels.varying import vary_like
 from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
 from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.rotary import apply_rotary
-from qwen_moe_jax.model.varying import vary_like
 
 KEY_BLOCK = 256
 

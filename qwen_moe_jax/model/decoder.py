@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import GatedAttention
-from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.moe import SparseMoe
@@ -231,7 +231,7 @@ def abstract(
             holder: Any = module
             for step in path:
                 holder = holder[int(step)] if step.isdigit() else getattr(holder, step)
-            holder.scale_in_blocks(attribute, block, dtypes.matrix, kernels)
+            holder.scale_in_blocks(attribute, block, dtypes.matrix, kernels.widening)
         return module
 
     return nnx.eval_shape(declared)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.formats.cache import DeltaNetCache
 from qwen_moe_jax.kernels.cpu.calls import native_conv, native_delta_chunks, native_delta_step
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import DeltaNetCache
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise

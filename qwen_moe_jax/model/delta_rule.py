@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_moe_jax.model.varying import vary_like
+from qwen_moe_jax.kernels.varying import vary_like
 
 CHUNK = 64
 _BLOCK = 16  # rows that the chunk's system is solved by at a time

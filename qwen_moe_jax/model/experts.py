@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.cpu.calls import native_experts
 from qwen_moe_jax.kernels.experts import gathered_kernels, grouped_kernels
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import Matrix
+from qwen_moe_jax.kernels.varying import vary_like
 from qwen_moe_jax.model.linear import linear
-from qwen_moe_jax.model.varying import vary_like
 
 ExpertFunction = Callable[[jax.Array, jax.Array, jax.Array, Matrix, Matrix], jax.Array]
 

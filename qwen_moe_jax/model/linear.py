@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.cpu.calls import native_linears
 from qwen_moe_jax.kernels.float8_matmul import float8_matmul
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 
 
 def held_dtype(compute: DTypeLike, kernels: Kernels) -> jnp.dtype:
@@ -42,7 +42,7 @@ def linear(
         weight: [out, in], the held dtype. Where the two differ, the narrower one is widened, never x rounded.
             Float8 with block scales is multiplied out in x.dtype.
         out_dtype: what the product is rounded to; None means x.dtype.
-        kernels: which implementation multiplies; None means plain XLA. Float8 matrices bring their own.
+        kernels: which implementation multiplies; None means plain XLA.
 
     Returns:
         [..., out] in out_dtype.
@@ -59,16 +59,16 @@ def linears(
 ) -> list[jax.Array]:
     """Products of one x with several matrices, as of `linear`, which a C++ kernel takes together."""
     dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
-    deciding = [weight.kernels if isinstance(weight, BlockScaled) else kernels for weight in weights]
-    chosen = [_chosen(x, weight, decides) for weight, decides in zip(weights, deciding, strict=True)]
-    if set(chosen) == {"native"} and deciding[0] is not None:
-        return native_linears(x, weights, dtypes, deciding[0].variant)
+    chosen = [_chosen(x, weight, kernels) for weight in weights]
+    if kernels is not None and set(chosen) == {"native"}:
+        return native_linears(x, weights, dtypes, kernels.variant)
     if len(weights) > 1:
         pairs = zip(weights, dtypes, strict=True)
         return [linear(x, weight, dtype, kernels=kernels) for weight, dtype in pairs]
     weight, dtype = weights[0], dtypes[0]
-    if isinstance(weight, BlockScaled) and chosen == ["pallas_tiles"]:
-        return [float8_matmul(x, weight, dtype)]
+    if isinstance(weight, BlockScaled) and kernels is not None and chosen == ["pallas_tiles"]:
+        widening, interpret = kernels.kernel_widening, kernels.interpret
+        return [float8_matmul(x, weight, dtype, widening=widening, interpret=interpret)]
     return [_product(x, weight, dtype)]
 
 

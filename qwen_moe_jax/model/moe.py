@@ -12,8 +12,8 @@ from flax import nnx
 from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.experts import choose_experts
 from qwen_moe_jax.model.linear import linear, linears
 from qwen_moe_jax.model.params import DtypePolicy, MatrixHolder, Weight, declare

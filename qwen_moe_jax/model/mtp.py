@@ -21,8 +21,8 @@ from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.formats.cache import HybridCache, empty_cache
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import HybridCache, empty_cache
 from qwen_moe_jax.model.decoder import DecoderLayer, abstract, step_after
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm

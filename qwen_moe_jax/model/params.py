@@ -6,8 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 _FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
@@ -45,13 +44,20 @@ class MatrixHolder(nnx.Module):
     The scales are called as in a checkpoint, `_scale_inv` behind the name of the values.
     """
 
-    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype, kernels: Kernels) -> None:
-        """Redeclares a matrix as float8 with block scales, to be multiplied in `dtype` by `kernels`."""
+    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype, widening: str) -> None:
+        """Redeclares a matrix as float8 with block scales, to be multiplied out in `dtype`.
+
+        Args:
+            name: of the attribute.
+            block: rows and columns of a scale.
+            dtype: what products hold the matrix in.
+            widening: how XLA widens float8 here, as of `BlockScaled`.
+        """
         *stack, rows, columns = getattr(self, name)[...].shape
         scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
         setattr(self, name, declare(tuple(getattr(self, name)[...].shape), _FLOAT8))
         setattr(self, f"{name}_scale_inv", declare(scales, _FLOAT32))
-        setattr(self, f"{name}_block", (*block, dtype.name, kernels))
+        setattr(self, f"{name}_block", (*block, dtype.name, widening))
 
     def matrix(self, name: str = "weight") -> Matrix:
         """What a product takes."""
@@ -59,8 +65,8 @@ class MatrixHolder(nnx.Module):
         scales: Any = getattr(self, f"{name}_scale_inv", None)
         if scales is None:
             return values
-        rows, columns, dtype, kernels = getattr(self, f"{name}_block")
-        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype), kernels)
+        rows, columns, dtype, widening = getattr(self, f"{name}_block")
+        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype), widening)
 
 
 class Weight(MatrixHolder):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.cpu.calls import native_rows
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.linear import linear
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from qwen_moe_jax.formats.cache import HybridCache
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.cache import HybridCache
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy

@@ -17,7 +17,7 @@ from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.model.cache import DeltaNetCache, HybridCache, KVCache
+from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, check_mesh
 from qwen_moe_jax.parallel.ranks import MeshRanks

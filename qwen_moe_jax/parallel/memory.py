@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
-from qwen_moe_jax.model.cache import KVCache
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import Matrix
+from qwen_moe_jax.kernels.varying import unreduced_axes, varying_axes
 from qwen_moe_jax.model.linear import linear
-from qwen_moe_jax.model.varying import unreduced_axes, varying_axes
 
 Axes = tuple[str, ...]
 

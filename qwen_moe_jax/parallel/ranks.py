@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import Matrix
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.model.ranks import embedding_rows
 from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_moe_jax.model.varying import vary_like
+from qwen_moe_jax.kernels.varying import vary_like
 
 
 @dataclasses.dataclass(frozen=True)

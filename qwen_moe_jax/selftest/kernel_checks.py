@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, widened
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, float8_matmul
 from qwen_moe_jax.kernels.table import AMD, Kernels
 from qwen_moe_jax.model.attention import blockwise_attention
-from qwen_moe_jax.model.block_scaled import BlockScaled, widened
 from qwen_moe_jax.model.delta_rule import delta_rule_step
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
@@ -195,8 +195,8 @@ def _scaled(matrices: np.ndarray, target: str) -> BlockScaled:
     rng = np.random.default_rng(matrices.size)
     values = np.clip(matrices.astype(np.float32) * 64, -448, 448).astype(ml_dtypes.float8_e4m3fn)
     scales = rng.uniform(0.5, 2, (*matrices.shape[:-2], *counts)).astype(np.float32) / 64
-    kernels = Kernels(target, interpret=target not in AMD)
-    return BlockScaled(jnp.asarray(values), jnp.asarray(scales), _BLOCK, jnp.dtype("bfloat16"), kernels)
+    widening = Kernels(target).widening
+    return BlockScaled(jnp.asarray(values), jnp.asarray(scales), _BLOCK, jnp.dtype("bfloat16"), widening)
 
 
 def _multiplied_out(matrix: BlockScaled) -> np.ndarray:
@@ -312,7 +312,8 @@ def _float8_run(tokens: int, inner: int, out: int, target: str) -> Callable[[], 
         rng = np.random.default_rng((tokens, inner, out))
         x = rng.normal(size=(tokens, inner)).astype(ml_dtypes.bfloat16)
         matrix = _scaled(rng.normal(size=(out, inner)), target)
-        found = on_device(lambda x, m: float8_matmul.float8_matmul(x, m, jnp.float32), x, matrix)
+        options = {"widening": Kernels(target).kernel_widening, "interpret": target not in AMD}
+        found = on_device(lambda x, m: float8_matmul.float8_matmul(x, m, jnp.float32, **options), x, matrix)
         wanted = on_host(lambda x, m: linear(x, m, jnp.float32), x, _multiplied_out(matrix))
         return found, wanted, float(np.abs(wanted).max())
 

@@ -14,7 +14,7 @@ from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.configs import find_config, released, released_config
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
-from qwen_moe_jax.model.cache import DeltaNetCache, KVCache, empty_cache
+from qwen_moe_jax.formats.cache import DeltaNetCache, KVCache, empty_cache
 
 KIB, MIB = 1 << 10, 1 << 20
 # The names give whole billions; those of the 35B count its embedding.

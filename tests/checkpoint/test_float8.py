@@ -20,8 +20,8 @@ from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_block_scaled, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
+from qwen_moe_jax.formats.block_scaled import BlockScaled, widened
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.block_scaled import BlockScaled, widened
 
 # (seed, sizes, dtype of the scales): whole blocks, ragged ones, matrices smaller than a block
 CASES = [
@@ -114,7 +114,7 @@ def test_a_matrix_multiplied_out_is_torchs(shape, block, held):
         jnp.asarray(scales),
         block,
         jnp.dtype("float32"),
-        Kernels("cpu"),
+        Kernels("cpu").widening,
     )
     found = jax.jit(lambda m: m.multiplied_out(held))(matrix)
     whole = torch.from_numpy(scales).repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)

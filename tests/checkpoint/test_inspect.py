@@ -23,7 +23,7 @@ from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
-from qwen_moe_jax.model.cache import empty_cache
+from qwen_moe_jax.formats.cache import empty_cache
 
 KIB, MIB = 1024, 1024**2
 TEXT = {"model_type": "qwen3_5_moe_text", "max_position_embeddings": 262144}

@@ -190,7 +190,7 @@ def test_every_float8_code_is_read_exactly(variant):
     codes = codes[(codes & 0x7F) != 0x7F].view(jnp.float8_e4m3fn)
     matrix = float8(np.zeros((len(codes), 1)), (1000, 1))
     values = jnp.asarray(codes[:, None])
-    matrix = type(matrix)(values, jnp.ones((1, 1), jnp.float32), (1000, 1), matrix.dtype, matrix.kernels)
+    matrix = type(matrix)(values, jnp.ones((1, 1), jnp.float32), (1000, 1), matrix.dtype, matrix.widening)
     for tokens in (1, 20):
         found = native_linear(jnp.ones((tokens, 1), jnp.bfloat16), matrix, FLOAT32, variant)
         np.testing.assert_array_equal(found, np.tile(codes.astype(np.float32), (tokens, 1)))

@@ -8,11 +8,11 @@ import pytest
 from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.generation.engine import Sampler
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
-from qwen_moe_jax.model.cache import KVCache
 
 BATCH, CAPACITY = 2, 96
 if make_kernels("cpu").native is None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.experts import gathered_kernels, grouped_kernels, tile_rows
 from qwen_moe_jax.kernels.float8_matmul import float8_matmul
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.kernels.tiles import sort_into_tiles
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
 
@@ -128,7 +128,7 @@ def scaled(matrices: jax.Array, block: tuple[int, int], kernels: Kernels) -> Blo
     counts = [-(-n // b) for n, b in zip(matrices.shape[-2:], block, strict=True)]
     scales = 2.0 ** rng.integers(-11, -7, (len(matrices), *counts)) * rng.uniform(1, 2, counts)
     return BlockScaled(
-        jnp.asarray(values), jnp.asarray(scales, jnp.float32), block, jnp.dtype("bfloat16"), kernels
+        jnp.asarray(values), jnp.asarray(scales, jnp.float32), block, jnp.dtype("bfloat16"), kernels.widening
     )
 
 
@@ -156,7 +156,7 @@ def test_one_float8_matrix_equals_the_plain_product(tokens, block):
     x = jnp.asarray(rng.normal(size=(1, tokens, 200)), jnp.bfloat16)
     stack = scaled(jnp.asarray(rng.normal(size=(1, 90, 200))), block, INTERPRETED)
     matrix = jax.tree.map(lambda a: a[0], stack)
-    found = float8_matmul(x, matrix, jnp.float32)
+    found = float8_matmul(x, matrix, jnp.float32, widening=INTERPRETED.kernel_widening, interpret=True)
     wanted = linear(x, matrix.multiplied_out(jnp.bfloat16), jnp.float32)
     assert found.shape == (1, tokens, 90)
     # both accumulate exact products of bfloat16 in float32

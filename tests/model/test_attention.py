@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.rounding import to_numpy
 
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
-from qwen_moe_jax.model.cache import KVCache
 
 attend = jax.jit(blockwise_attention, static_argnames="block")
 

@@ -24,8 +24,8 @@ from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
+from qwen_moe_jax.formats.cache import empty_cache
 from qwen_moe_jax.kernels.table import make_kernels
-from qwen_moe_jax.model.cache import empty_cache
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.mtp import MtpHead, abstract_mtp
 from qwen_moe_jax.model.params import DtypePolicy

@@ -174,7 +174,7 @@ def test_parts_are_declared_at_their_sources_only() -> None:
     assert declaring == {"parallel/partial_sums.py", "parallel/ranks.py"}
     primitives = re.compile(r"\b(psum|psum_scatter|pcast)\(")
     reducing = {name for name, text in sources.items() if primitives.search(text)}
-    assert reducing == {"parallel/partial_sums.py", "model/varying.py"}
+    assert reducing == {"parallel/partial_sums.py", "kernels/varying.py"}
 
 
 def test_a_value_replicated_along_one_axis_only_is_no_part_along_both() -> None:

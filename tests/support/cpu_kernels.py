@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.kernels.cpu.calls import (
     native_attention,
     native_conv,
@@ -15,10 +17,7 @@ from qwen_moe_jax.kernels.cpu.calls import (
     native_experts,
     native_linears,
 )
-from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
-from qwen_moe_jax.model.cache import KVCache
 from qwen_moe_jax.model.delta_net import conv_heads
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.experts import dense_experts
@@ -43,7 +42,7 @@ def float8(values: np.ndarray, block: tuple[int, int]) -> BlockScaled:
     codes = np.zeros(values.shape, jnp.float8_e4m3fn)
     wide = np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[..., :rows, :columns]
     codes[...] = np.clip(values / wide, -448, 448)
-    return BlockScaled(jnp.asarray(codes), jnp.asarray(scales), block, jnp.dtype(jnp.float32), Kernels("cpu"))
+    return BlockScaled(jnp.asarray(codes), jnp.asarray(scales), block, jnp.dtype(jnp.float32), "bits")
 
 
 def draw_matrix(rng: np.random.Generator, shape: tuple[int, ...], held: str) -> Matrix:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.kernels.cpu.build import load
-from qwen_moe_jax.model.block_scaled import BlockScaled, Matrix
-from qwen_moe_jax.model.cache import KVCache
-from qwen_moe_jax.model.varying import vary_like, varying_axes
+from qwen_moe_jax.kernels.varying import vary_like, varying_axes
 
 
 def native_rows(table: jax.Array, ids: jax.Array, variant: str) -> jax.Array:

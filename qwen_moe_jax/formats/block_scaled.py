@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from qwen_moe_jax.kernels.table import Kernels
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +23,14 @@ class BlockScaled:
         scales: float32 [..., ceil(out / block[0]), ceil(in / block[1])].
         block: rows and columns that a scale is for; the last ones may be fewer.
         dtype: what the products are to hold it in, float32 or bfloat16 (see `linear.held_dtype`).
-        kernels: which implementations multiply with it, and how its values are widened.
+        widening: how XLA widens its values here, see `widened`.
     """
 
     values: jax.Array
     scales: jax.Array
     block: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
-    kernels: Kernels = dataclasses.field(metadata={"static": True})
+    widening: str = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +51,7 @@ class BlockScaled:
         shape = (*stack, down, rows, across, columns)
         scales = jnp.broadcast_to(self.scales[..., :, None, :, None], shape)
         scales = scales.reshape(*stack, down * rows, across * columns)
-        matrix = widened(self.values, self.kernels.widening) * scales[..., : self.shape[-2], : self.shape[-1]]
+        matrix = widened(self.values, self.widening) * scales[..., : self.shape[-2], : self.shape[-1]]
         if jnp.dtype(compute).itemsize < 4:
             info = jnp.finfo(compute)
             matrix = lax.reduce_precision(matrix, exponent_bits=info.nexp, mantissa_bits=info.nmant)

@@ -1,0 +1,1 @@
+"""How matrices and caches are held in memory: what kernels and model both build on."""
