@@ -51,19 +51,17 @@ def lowered(unroll: bool) -> tuple[jax.stages.Lowered, Any]:
     parameter_specs = {n: stacked_spec(s) if n in layers else s for n, s in specs.items()}
     cache_specs = layout.cache_specs()
     rows = PartitionSpec(layout.batch_axes or None)
-    one = jax.eval_shape(
-        lambda: layout.empty_cache(64, deployment.capacity, policy.matrix, policy.compute)
-    ).layers
-    caches = jax.tree.map(stack, one, cache_specs.layers)
+    cache = jax.eval_shape(lambda: layout.empty_cache(64, deployment.capacity, policy.matrix, policy.compute))
+    caches = jax.tree.map(stack, cache.layers, cache_specs.layers)
     stacked_caches = jax.tree.map(
         stacked_spec, cache_specs.layers, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
     )
 
-    def step(parameters, tokens, valid, length, caches):
+    def step(parameters, tokens, valid, placed, caches):
         rest = {name: value for name, value in parameters.items() if name not in layers}
         stacks = {name: value for name, value in parameters.items() if name in layers}
         first = with_parameters(decoder, rest | {name: value[0] for name, value in stacks.items()})
-        about = first.step(valid, length)
+        about = first.step(valid, placed)
 
         def one_group(x, given):
             values, before = given
@@ -86,10 +84,10 @@ def lowered(unroll: bool) -> tuple[jax.stages.Lowered, Any]:
         ),
         donate_argnums=4,
     )
-    given = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(rows))
-        for shape, dtype in (((64, 1), jnp.int32), ((64, 1), jnp.bool_), ((64,), jnp.int32))
-    ]
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(rows)),
+        (jax.ShapeDtypeStruct((64, 1), jnp.int32), jax.ShapeDtypeStruct((64, 1), jnp.bool_), cache.rows),
+    )
     return program.lower(parameters, *given, caches), deployment
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
-from qwen_moe_jax.formats.cache import empty_cache
+from qwen_moe_jax.formats.cache import empty_cache, own_rows
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, with_parameters
@@ -281,7 +281,7 @@ class _Side:
                 cache = one.cache_specs().layers[0]
             self._kinds[kind] = {
                 "mix": self.compiled(
-                    layer, prefix, lambda m, x, valid, n, c: m.mix(x, decoder.step(valid, n), c), cache
+                    layer, prefix, lambda m, x, valid, rows, c: m.mix(x, decoder.step(valid, rows), c), cache
                 ),
                 "feed": self.compiled(layer, prefix, lambda m, x, valid: m.feed(x, valid)),
                 "router": self.compiled(layer, prefix, lambda m, x: m.router_logits(x)),
@@ -307,10 +307,13 @@ class _Layer:
         """What the token mixer adds: a padded prompt read at once, then one token through the cache."""
         mix = self.side.functions(self.kind)["mix"]
         batch = len(x)
-        none = np.zeros(batch, np.int32)
-        prompt, cache = mix(self.parameters, x[:, :PROMPT], valid, none, self._empty_cache(batch))
+        ranks = 1 if self.side.layout is None else self.side.layout.batch_multiple
+        # what the host gives is a NumPy array, equal in all processes
+        rows = jax.tree.map(np.asarray, own_rows(batch, _CAPACITY, ranks))
+        prompt, cache = mix(self.parameters, x[:, :PROMPT], valid, rows, self._empty_cache(batch))
         one, length = np.ones((batch, 1), bool), valid.sum(axis=1, dtype=np.int32)
-        last, _ = mix(self.parameters, x[:, PROMPT:], one, length, cache)
+        rows = dataclasses.replace(rows, length=length)
+        last, _ = mix(self.parameters, x[:, PROMPT:], one, rows, cache)
         return np.concatenate([np.asarray(prompt), np.asarray(last)], axis=1)
 
     def _empty_cache(self, batch: int) -> Any:

@@ -25,41 +25,56 @@ KEY_BLOCK = 256
 
 
 def blockwise_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, block: int = KEY_BLOCK
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    tables: jax.Array,
+    block: int = KEY_BLOCK,
 ) -> jax.Array:
-    """Causal softmax attention of queries over a slot-per-position key/value cache.
+    """Causal softmax attention of queries over keys and values in pages.
 
     Args:
         query: [batch, seq, heads, head_dim], compute dtype.
-        key, value: [batch, capacity, kv_heads, head_dim]; query head h reads kv head
+        key, value: [pages, page length, kv_heads, head_dim]; query head h reads kv head
             h // (heads / kv_heads).
-        positions: int32 [batch, seq]; a query sees slots 0 .. position.
-        block: keys a step. Blocks behind the largest position are not touched.
+        positions: int32 [batch, seq]; a query sees its row's positions 0 .. position.
+        tables: int32 [batch, width], the pages of each row.
+        block: keys a step, rounded to whole pages. Blocks behind the largest position are not touched.
 
     Returns:
         [batch, seq, heads, head_dim] in query.dtype; products accumulate and the softmax runs in
         float32.
     """
     batch, seq, heads, dim = query.shape
-    capacity, kv_heads = key.shape[1:3]
-    block = min(block, capacity)
+    page, kv_heads = key.shape[1:3]
+    width = tables.shape[1]
+    pages = min(max(1, block // page), width)
+    block = pages * page
     wide = jnp.promote_types(query.dtype, jnp.float32)
     # [batch, kv_heads, group * seq, dim]: one matrix product a kv head
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, -1, dim).astype(key.dtype)
     rows = grouped.shape[2]
+    last = positions.max(axis=1, keepdims=True)  # of each row
     row_positions = jnp.tile(positions, (1, rows // seq))[:, None, :, None]
 
     def one_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, output = carry
-        # The last block may overlap the one before (capacity need not be a multiple of it); slots
-        # that were already counted are masked out.
-        start = jnp.minimum(index * block, capacity - block)
-        k, v = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (key, value))
+        # The last block may overlap the one before (the table need not be a multiple of it wide);
+        # positions that were already counted are masked out.
+        first = jnp.minimum(index * pages, width - pages)
+        here = lax.dynamic_slice_in_dim(tables, first, pages, axis=1)
+        slots = first * page + jnp.arange(block)
+        # what a page holds behind its row's last token may be anything, and 0 times NaN is no 0
+        written = (slots <= last)[..., None, None]
+        k, v = (
+            jnp.where(written, x.at[here].get(mode="clip").reshape(batch, block, kv_heads, dim), 0)
+            for x in (key, value)
+        )
         scores = jnp.einsum(
             "bnrd,btnd->bnrt", grouped, k, preferred_element_type=wide, precision=lax.Precision.HIGHEST
         ) * (dim**-0.5)
-        slots = start + jnp.arange(block)
         visible = (slots <= row_positions) & (slots >= index * block)
         scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
@@ -75,30 +90,38 @@ def blockwise_attention(
         )
         return new_top, total, output * correction + mixed
 
-    # Every query sees slot 0, so after the first block the running maximum is finite.
+    # Every query sees position 0, so after the first block the running maximum is finite.
     start = tuple(
-        vary_like(x, query, key, value, positions)
+        vary_like(x, query, key, value, positions, tables)
         for x in (
             jnp.full((batch, kv_heads, rows, 1), jnp.finfo(wide).min, wide),
             jnp.zeros((batch, kv_heads, rows, 1), wide),
             jnp.zeros((batch, kv_heads, rows, dim), wide),
         )
     )
-    blocks = jnp.minimum(positions.max() // block + 1, -(-capacity // block))
+    blocks = jnp.minimum(positions.max() // block + 1, -(-width // pages))
     _, total, output = lax.fori_loop(0, blocks, one_block, start)
     output = (output / total).reshape(batch, kv_heads, heads // kv_heads, seq, dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim).astype(query.dtype)
 
 
-def append_keys(cache: KVCache, key: jax.Array, value: jax.Array, slots: jax.Array) -> KVCache:
-    """Writes new keys and values [batch, seq, kv_heads, head_dim] to `slots` [batch, seq].
+def append_keys(
+    cache: KVCache, key: jax.Array, value: jax.Array, places: jax.Array, tables: jax.Array
+) -> KVCache:
+    """Writes new keys and values to their rows' pages.
 
-    A slot at or beyond the capacity drops its token; that is where pads are sent.
+    Args:
+        cache: the pages.
+        key, value: [batch, seq, kv_heads, head_dim].
+        places: int32 [batch, seq], positions in the row. One that lies behind the table, or where it names no
+            page, drops its token; that is where pads are sent.
+        tables: int32 [batch, width], the pages of each row.
     """
-    rows = jnp.arange(slots.shape[0])[:, None]
+    pages, length = cache.k.shape[:2]
+    found = jnp.take_along_axis(tables, places // length, axis=1, mode="fill", fill_value=pages)
     return KVCache(
-        k=cache.k.at[rows, slots].set(key.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[rows, slots].set(value.astype(cache.v.dtype), mode="drop"),
+        k=cache.k.at[found, places % length].set(key.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[found, places % length].set(value.astype(cache.v.dtype), mode="drop"),
     )
 
 
@@ -126,6 +149,7 @@ class GatedAttention(nnx.Module):
         valid: jax.Array,
         positions: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
+        tables: jax.Array,
         cache: KVCache,
     ) -> tuple[jax.Array, KVCache]:
         """Mixes tokens by attention.
@@ -133,8 +157,9 @@ class GatedAttention(nnx.Module):
         Args:
             x: [batch, seq, hidden].
             valid: bool [batch, seq], a prefix of each row.
-            positions: int32 [batch, seq], the slot of each token.
+            positions: int32 [batch, seq], the place of each token in its row.
             rotary: (cos, sin), each [batch, seq, rotary_dim / 2].
+            tables: int32 [batch, width], the pages of each row.
             cache: what came before.
 
         Returns:
@@ -153,16 +178,17 @@ class GatedAttention(nnx.Module):
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
 
-        capacity = cache.k.shape[1]
-        slots = jnp.where(valid, positions, capacity)
+        places = jnp.where(valid, positions, tables.shape[1] * cache.k.shape[1])
         chosen = self.kernels.pick("attention", x.dtype.name, seq)
         if chosen == "native":
-            mixed, cache = native_attention(query, key, value, positions, slots, cache, self.kernels.variant)
+            mixed, cache = native_attention(
+                query, key, value, positions, places, tables, cache, self.kernels.variant
+            )
         else:
-            cache = append_keys(cache, key, value, slots)
+            cache = append_keys(cache, key, value, places, tables)
             if chosen == "flash":
-                mixed = attend(query, cache.k, cache.v, positions, interpret=self.kernels.interpret)
+                mixed = attend(query, cache.k, cache.v, positions, tables, interpret=self.kernels.interpret)
             else:
-                mixed = blockwise_attention(query, cache.k, cache.v, positions)
+                mixed = blockwise_attention(query, cache.k, cache.v, positions, tables)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache

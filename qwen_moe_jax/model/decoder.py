@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
-from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
+from qwen_moe_jax.formats.cache import HybridCache, KVCache, LayerCache, Placement
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import GatedAttention
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
@@ -29,22 +29,24 @@ class Step:
 
     Attributes:
         valid: bool [batch, seq], a prefix of each row.
-        positions: int32 [batch, seq], each token's slot in the caches.
+        positions: int32 [batch, seq], each token's place in its row.
         rotary: (cos, sin), float32 [batch, seq, rotary_dim / 2].
+        rows: where each row lies in the caches.
     """
 
     valid: jax.Array
     positions: jax.Array
     rotary: tuple[jax.Array, jax.Array]
+    rows: Placement
 
 
 def step_after(
-    config: ModelConfig, valid: jax.Array, length: jax.Array, rope_positions: jax.Array | None = None
+    config: ModelConfig, valid: jax.Array, rows: Placement, rope_positions: jax.Array | None = None
 ) -> Step:
-    """What layers need to know of tokens that follow `length` [batch] others; the rest as of `Decoder`."""
-    positions = length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
+    """What layers need to know of tokens that follow those of `rows`; the rest as of `Decoder`."""
+    positions = rows.length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
     rotary = rotary_tables(config, positions if rope_positions is None else rope_positions)
-    return Step(valid=valid, positions=positions, rotary=rotary)
+    return Step(valid=valid, positions=positions, rotary=rotary, rows=rows)
 
 
 class DecoderLayer(nnx.Module):
@@ -71,16 +73,16 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = Weight((config.hidden_size,), dtypes.vector)
         self.mlp = SparseMoe(config, dtypes, kernels, ranks, fused=fused)
 
-    def mix(
-        self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
-    ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
+    def mix(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """What attention or Gated DeltaNet adds to the residual stream x, and the cache after it."""
         with jax.named_scope("gated_attention" if isinstance(cache, KVCache) else "gated_delta_net"):
             normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
             if isinstance(cache, KVCache):
-                part, cache = self.self_attn(normed, step.valid, step.positions, step.rotary, cache)
+                part, cache = self.self_attn(
+                    normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
+                )
             else:
-                part, cache = self.linear_attn(normed, step.valid, cache)
+                part, cache = self.linear_attn(normed, step.valid, step.rows.slots, cache)
             return self.ranks.sum_heads(part), cache
 
     def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -94,9 +96,7 @@ class DecoderLayer(nnx.Module):
     def _normed_for_experts(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
 
-    def __call__(
-        self, x: jax.Array, step: Step, cache: KVCache | DeltaNetCache
-    ) -> tuple[jax.Array, KVCache | DeltaNetCache]:
+    def __call__(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
         mixed, cache = self.mix(x, step, cache)
         x = x + mixed
@@ -160,19 +160,17 @@ class Decoder(nnx.Module):
             (hidden states after the final norm [batch, seq, hidden] in the compute dtype, the cache).
             Pads' hidden states mean nothing.
         """
-        step = self.step(valid, cache.length, rope_positions)
+        step = self.step(valid, cache.rows, rope_positions)
         x = self.embed(tokens, valid)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
-        return self.finish(x), HybridCache(
-            layers=tuple(layers), length=cache.length + valid.sum(axis=1, dtype=jnp.int32)
-        )
+        return self.finish(x), cache.after(layers, valid)
 
-    def step(self, valid: jax.Array, length: jax.Array, rope_positions: jax.Array | None = None) -> Step:
-        """What the layers need to know of tokens that follow `length` [batch] others."""
-        return step_after(self.config, valid, length, rope_positions)
+    def step(self, valid: jax.Array, rows: Placement, rope_positions: jax.Array | None = None) -> Step:
+        """What the layers need to know of tokens that follow those of `rows`."""
+        return step_after(self.config, valid, rows, rope_positions)
 
     def embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """Token ids [batch, seq] -> the residual stream before the first layer, float32."""

@@ -4,8 +4,6 @@ Projections, a short causal convolution with carried inputs, the gated delta rul
 (`delta_rule.py`), a gated norm and an output projection.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -117,34 +115,38 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Weight((hidden, config.value_dim), dtypes.matrix)
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, cache: DeltaNetCache
+        self, x: jax.Array, valid: jax.Array, slots: jax.Array, cache: DeltaNetCache
     ) -> tuple[jax.Array, DeltaNetCache]:
         """Mixes tokens by the gated delta rule.
 
         Args:
             x: [batch, seq, hidden].
             valid: bool [batch, seq], a prefix of each row.
+            slots: int32 [batch], each row's own; the number of slots stands for "none".
             cache: what came before.
 
         Returns:
             (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache after this call's
-            valid tokens).
+            valid tokens, in which slots of other rows are as they were).
         """
         c = self.config
         batch, seq, _ = x.shape
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         mixed, gate, b, a = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
-        native = self.kernels.pick("conv", x.dtype.name, seq) == "native"
-        conv = functools.partial(native_conv, variant=self.kernels.variant) if native else conv_heads
-        query, key, value, carried = conv(
-            mixed,
-            self.conv1d.weight[...][:, 0],
-            cache.conv,
-            valid.sum(axis=1, dtype=jnp.int32),
-            key_dim=c.linear_key_head_dim,
-            heads=self.A_log[...].shape[0],
-            value_dim=c.linear_value_head_dim,
-        )
+        weight, counts = self.conv1d.weight[...][:, 0], valid.sum(axis=1, dtype=jnp.int32)
+        sizes = {
+            "key_dim": c.linear_key_head_dim,
+            "heads": self.A_log[...].shape[0],
+            "value_dim": c.linear_value_head_dim,
+        }
+        if self.kernels.pick("conv", x.dtype.name, seq) == "native":
+            query, key, value, conv = native_conv(
+                mixed, weight, cache.conv, slots, counts, **sizes, variant=self.kernels.variant
+            )
+        else:
+            carried = read_slots(cache.conv, slots)
+            query, key, value, carried = conv_heads(mixed, weight, carried, counts, **sizes)
+            conv = write_slots(cache.conv, slots, carried)
 
         wide = jnp.promote_types(x.dtype, jnp.float32)
         beta = jax.nn.sigmoid(b).astype(wide)
@@ -155,45 +157,58 @@ class GatedDeltaNet(nnx.Module):
         token = valid[..., None]
         g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
 
-        output, state = _recur(self.kernels, (query, key, value, g, beta), cache.state, x.dtype.name)
+        output, state = _recur(self.kernels, (query, key, value, g, beta), cache.state, slots, x.dtype.name)
 
         gate = gate.reshape(output.shape)
         normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
         out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix(), self.kernels)
-        return out, DeltaNetCache(conv=carried.astype(cache.conv.dtype), state=state)
+        return out, DeltaNetCache(conv=conv, state=state)
 
 
 def _recur(
-    kernels: Kernels, tokens: tuple[jax.Array, ...], state: jax.Array, dtype: str
+    kernels: Kernels, tokens: tuple[jax.Array, ...], state: jax.Array, slots: jax.Array, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule by the implementation that the table has.
 
     Args:
         kernels: the table.
         tokens: query, key, value, g and beta, as of `delta_rule_chunked`.
-        state: [batch, heads, Dk, Dv]; kernels take float32 only.
+        state: [slots, heads, Dk, Dv]; kernels take float32 only.
+        slots: int32 [batch], each row's own.
         dtype: name of the compute dtype.
 
     Returns:
-        (output [batch, seq, heads, Dv], state after the last token).
+        (output [batch, seq, heads, Dv], states after the last token).
     """
     seq = tokens[0].shape[1]
     by_kernel = state.dtype == jnp.float32
     if seq > 1:
         query, key, value, g, beta = tokens
         if by_kernel and kernels.pick("delta_chunks", dtype, seq) == "native":
-            return native_delta_chunks(query, key, value, g, beta, state, kernels.variant)
-        return delta_rule_chunked(query, key, value, g, beta, state)
+            return native_delta_chunks(query, key, value, g, beta, state, slots, kernels.variant)
+        output, after = delta_rule_chunked(query, key, value, g, beta, read_slots(state, slots))
+        return output, write_slots(state, slots, after)
     query, key, value, g, beta = (x[:, 0] for x in tokens)
     chosen = kernels.pick("delta_step", dtype, seq)
     if by_kernel and chosen == "pallas_step":
-        output, state = delta_step(state, query, key, value, g, beta, interpret=kernels.interpret)
+        output, state = delta_step(state, slots, query, key, value, g, beta, interpret=kernels.interpret)
     elif by_kernel and chosen == "native":
-        output, state = native_delta_step(state, query, key, value, g, beta, kernels.variant)
+        output, state = native_delta_step(state, slots, query, key, value, g, beta, kernels.variant)
     else:
         query, key = (_repeat_heads(x, value.shape[1]) for x in (query, key))
-        output, state = delta_rule_step(state, query, key, value, g, beta)
+        output, after = delta_rule_step(read_slots(state, slots), query, key, value, g, beta)
+        state = write_slots(state, slots, after)
     return output[:, None], state
+
+
+def read_slots(pool: jax.Array, slots: jax.Array) -> jax.Array:
+    """Entries of a pool [slots, ...] for int32 [batch]; zeros for a row without a slot."""
+    return pool.at[slots].get(mode="fill", fill_value=0)
+
+
+def write_slots(pool: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
+    """The pool with rows' entries in their slots; a row without one writes nothing."""
+    return pool.at[slots].set(values.astype(pool.dtype), mode="drop")
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:

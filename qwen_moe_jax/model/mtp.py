@@ -89,7 +89,7 @@ class MtpHead(nnx.Module):
             cache). Pads' hidden states mean nothing.
         """
         eps, compute = self.config.rms_norm_eps, self.dtypes.compute
-        step = step_after(self.config, valid, cache.length, rope_positions)
+        step = step_after(self.config, valid, cache.rows, rope_positions)
         # A pad is zeroed on its way in, as in `Decoder.embed`.
         halves = (
             rms_norm(jnp.where(valid[..., None], x, 0), norm.weight[...], eps).astype(compute)
@@ -103,8 +103,7 @@ class MtpHead(nnx.Module):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
         x = rms_norm(x, self.norm.weight[...], eps).astype(compute)
-        length = cache.length + valid.sum(axis=1, dtype=jnp.int32)
-        return x, HybridCache(layers=tuple(layers), length=length)
+        return x, cache.after(layers, valid)
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache for `batch` rows of `capacity` pairs; keys and values are held like the matrices."""

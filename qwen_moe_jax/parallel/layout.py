@@ -17,7 +17,17 @@ from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
+from qwen_moe_jax.formats.cache import (
+    CacheSizes,
+    DeltaNetCache,
+    HybridCache,
+    KVCache,
+    LayerCache,
+    Placement,
+    empty_layers,
+    own_rows,
+    pages_for,
+)
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, check_mesh
 from qwen_moe_jax.parallel.ranks import MeshRanks
@@ -248,34 +258,40 @@ class Layout:
         return with_scales(targets, shapes)
 
     def cache_specs(self) -> HybridCache:
-        """The mesh axes of every array of a cache."""
+        """The mesh axes of every array of a cache. Pages and slots are divided as rows are: a row's keys and
+        states lie with the row."""
         batch, heads = self.batch_axes or None, self.head_axes or None
         kv: Any = PartitionSpec(batch, None, heads, None)
         conv: Any = PartitionSpec(batch, None, heads)
         state: Any = PartitionSpec(batch, heads, None, None)
-        length: Any = PartitionSpec(batch)
         layers = tuple(
             KVCache(k=kv, v=kv) if kind == FULL_ATTENTION else DeltaNetCache(conv=conv, state=state)
             for kind in self.config.layer_types
         )
-        return HybridCache(layers=layers, length=length)
+        each: Any = PartitionSpec(batch)
+        return HybridCache(layers, Placement(tables=each, slots=each, length=each))
 
     def empty_cache(
         self, batch: int, capacity: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
     ) -> HybridCache:
-        """A cache that has seen nothing, every rank's heads behind one another. Arguments as
-        `model.cache.empty_cache`; to be called inside `jax.jit`."""
+        """A cache that has seen nothing. Arguments as `formats.cache.empty_cache`; to be called inside
+        `jax.jit`."""
+        layers = self.empty_layers(batch * pages_for(capacity), batch, kv_dtype, conv_dtype)
+        return HybridCache(layers, own_rows(batch, capacity, self.batch_multiple))
+
+    def empty_layers(
+        self, pages: int, slots: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
+    ) -> tuple[LayerCache, ...]:
+        """Pools of the whole mesh, every rank's heads behind one another. Arguments as
+        `formats.cache.empty_layers`; to be called inside `jax.jit`."""
         c, s = self.config, self.splits
-        kv = (batch, capacity, s["kv"].size // c.head_dim, c.head_dim)
-        conv = (batch, c.linear_conv_kernel_dim - 1, s["qkv"].size)
-        state = (batch, s["value_head"].size, c.linear_key_head_dim, c.linear_value_head_dim)
-        layers: list[Any] = [
-            KVCache(k=jnp.zeros(kv, kv_dtype), v=jnp.zeros(kv, kv_dtype))
-            if kind == FULL_ATTENTION
-            else DeltaNetCache(conv=jnp.zeros(conv, conv_dtype), state=jnp.zeros(state, jnp.float32))
-            for kind in c.layer_types
-        ]
-        return HybridCache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
+        sizes = dataclasses.replace(
+            CacheSizes.of(c),
+            kv_heads=s["kv"].size // c.head_dim,
+            channels=s["qkv"].size,
+            value_heads=s["value_head"].size,
+        )
+        return empty_layers(c.layer_types, sizes, pages, slots, kv_dtype, conv_dtype)
 
     def stored(self, parameters: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         """The parameters as a checkpoint has them, from arrays that lie on this mesh; all of it on the host.

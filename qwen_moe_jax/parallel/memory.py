@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
-from qwen_moe_jax.formats.cache import KVCache
+from qwen_moe_jax.formats.cache import PAGE, KVCache
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh
@@ -161,11 +161,11 @@ def holding(layout: Layout, policy: DtypePolicy) -> Holding:
     """Bytes of a device, where keys and values have the dtype of matrices; nothing is allocated."""
     structs = {name: target.struct for name, target in layout.targets(policy).items()}
     weights = {name: prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for name, s in structs.items()}
-    # a row a device
-    rows, tokens = layout.batch_multiple, 1
-    cache = jax.eval_shape(lambda: layout.empty_cache(rows, tokens, policy.matrix, policy.compute))
+    # a page and a slot a device
+    ranks = layout.batch_multiple
+    layers = jax.eval_shape(lambda: layout.empty_layers(ranks, ranks, policy.matrix, policy.compute))
     kv, state = 0, 0
-    for layer, specs in zip(cache.layers, layout.cache_specs().layers, strict=True):
+    for layer, specs in zip(layers, layout.cache_specs().layers, strict=True):
         local = jax.tree.map(
             lambda array, spec: prod(layout.sharding(spec).shard_shape(array.shape)) * array.dtype.itemsize,
             layer,
@@ -175,4 +175,4 @@ def holding(layout: Layout, policy: DtypePolicy) -> Holding:
             kv += sum(jax.tree.leaves(local))
         else:
             state += sum(jax.tree.leaves(local))
-    return Holding(weights=by_component(weights), kv_per_token=kv, state=state)
+    return Holding(weights=by_component(weights), kv_per_token=kv // PAGE, state=state)
