@@ -74,9 +74,9 @@ class Ours:
             return out.usage.prefill_seconds
         import jax
 
+        from qwen_moe_jax.engine.sampling import SamplingParams, SamplingPlan
         from qwen_moe_jax.generation.engine import Sampler
         from qwen_moe_jax.generation.options import GenerationConfig
-        from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 
         engine = self.model.engine
         config = GenerationConfig(max_new_tokens=job.steps + 1)

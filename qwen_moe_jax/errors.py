@@ -25,5 +25,9 @@ class InputError(QwenMoeError, ValueError):
     """A prompt, mask or option given to `logits`, `generate` or `stream` cannot be used."""
 
 
+class EngineError(QwenMoeError, RuntimeError):
+    """An engine was closed, or failed, before a request had ended."""
+
+
 class ToolchainError(QwenMoeError, RuntimeError):
     """The compiler for AMD GPUs cannot be fetched, made ready or loaded on this machine."""

@@ -155,11 +155,10 @@ def _program_report(
     deployment: Deployment, device: Device, program: str, compiled: jax.stages.Compiled
 ) -> ProgramReport:
     layout, policy = deployment.layout, deployment.policy
-    tokens = 1 if program == "decode" else deployment.chunk
-    # a step that fills the caches, and the last chunk of prompts that do
-    before = deployment.capacity - tokens
-    least = least_work(layout, policy, batch=deployment.rows, tokens=tokens, context=before)
-    exchanged = collective_bytes(layout, policy, batch=deployment.rows, tokens=tokens)
+    tokens, rows = deployment.step_tokens(program), deployment.step_rows(program)
+    context = deployment.step_context(program)
+    least = least_work(layout, policy, batch=rows, tokens=tokens, context=context)
+    exchanged = collective_bytes(layout, policy, batch=rows, tokens=tokens)
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text()
     assert text is not None

@@ -1,4 +1,4 @@
-"""The programs of generation, lowered for devices that are only described, as `Engine` compiles them.
+"""The engine's steps, lowered for devices that are only described.
 
 A program's arguments are shapes, dtypes and shardings; no array is made.
 """
@@ -8,14 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from qwen_moe_jax.formats.cache import HybridCache
-from qwen_moe_jax.generation.engine import DecodeState, Engine, Sampler
-from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
-from qwen_moe_jax.generation.shapes import cache_capacity, chunk_length
+from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+from qwen_moe_jax.engine.shapes import chunk_length
+from qwen_moe_jax.engine.steps import END_IDS, Entries, Layers, Roster, RowStates, Steps
+from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward
@@ -26,7 +24,7 @@ PROGRAMS = ("prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A model on described devices, with a batch in its caches.
+    """A model on described devices, with a batch in its pools.
 
     Attributes:
         layout: of the model, on a mesh of described devices.
@@ -34,6 +32,7 @@ class Deployment:
         kernels: the table of the devices' architecture.
         batch: rows of the whole mesh.
         context: tokens that a row may hold.
+        mean_context: tokens that the rows hold on average, if not as many as they may: what a step reads.
     """
 
     layout: Layout
@@ -41,11 +40,12 @@ class Deployment:
     kernels: Kernels
     batch: int
     context: int
+    mean_context: int | None = None
 
     @property
     def capacity(self) -> int:
-        """Tokens that the caches have room for: what generation would make for this context."""
-        return cache_capacity(self.context)
+        """Tokens that a row's pages have room for."""
+        return pages_for(self.context) * PAGE
 
     @property
     def rows(self) -> int:
@@ -53,57 +53,66 @@ class Deployment:
         multiple = self.layout.batch_multiple
         return -(-self.batch // multiple) * multiple
 
-    @property
-    def chunk(self) -> int:
-        """Tokens a row in one chunk of prefill."""
-        return min(chunk_length(self.rows, self.kernels), self.capacity)
+    def step_rows(self, program: str) -> int:
+        """Rows that a program is about: decode of all of them, prefill of one on each data rank."""
+        return self.rows if program == "decode" else self.layout.batch_multiple
 
-    def engine(self) -> Engine:
-        """Generation's functions over parameters without values."""
+    def step_tokens(self, program: str) -> int:
+        """New tokens a row."""
+        return 1 if program == "decode" else min(chunk_length(1, self.kernels), self.capacity)
+
+    def step_context(self, program: str) -> int:
+        """Tokens a row before them, on average: those of a step that fills the row, or the mean of all."""
+        tokens = self.step_tokens(program)
+        full = self.capacity if self.mean_context is None else self.mean_context
+        return max(0, full - tokens)
+
+    def steps(self, program: str) -> Steps:
+        """The engine's steps over parameters without values."""
         structs: dict[str, Any] = {
             name: target.struct for name, target in self.layout.targets(self.policy).items()
         }
-        return Engine(MeshForward(self.layout, self.policy, self.kernels, structs))
+        keys = self.step_context(program) + self.step_tokens(program)
+        kernels = dataclasses.replace(self.kernels, expected_keys=keys)
+        return Steps(MeshForward(self.layout, self.policy, kernels, structs))
 
     def lower(self, program: str) -> jax.stages.Lowered:
-        """One of `PROGRAMS`: a chunk of prompts into the caches, or the loop of greedy decoding."""
+        """One of `PROGRAMS`: a chunk of prompts into the pools, or greedy decoding."""
+        steps = self.steps(program)
+        rows, width = self.step_rows(program), pages_for(self.context)
         if program == "prefill":
-            return self.engine().lower_prefill(self._cache(), self._rows(jnp.int32, self.chunk))
-        return self.engine().lower_decode(self._state(), self._sampler(), SamplingPlan.of(GenerationConfig()))
+            # what the host gives is the same on every device
+            placed: Any = Placement(
+                tables=self._given(jnp.int32, rows, width),
+                slots=self._given(jnp.int32, rows),
+                length=self._given(jnp.int32, rows),
+            )
+            tokens = self._given(jnp.int32, rows, self.step_tokens(program))
+            return steps.lower_prefill(self.pools(), tokens, self._given(jnp.int32, rows), placed)
+        integers = self._given(jnp.int32, rows)
+        truths = self._given(jnp.bool_, rows)
+        states = RowStates(token=integers, length=integers, emitted=integers, finished=truths)
+        sampling = SamplingParams.of([RowSampling()] * rows)
+        roster = Roster(
+            rows=integers,
+            slots=integers,
+            limit=integers,
+            end_ids=self._given(jnp.int32, rows, END_IDS),
+            sampling=jax.tree.map(lambda x: self._given(x.dtype, *x.shape), sampling),
+        )
+        entries = Entries(begins=truths, token=integers, length=integers, emitted=integers)
+        return steps.lower_decode(self.pools(), states, roster, entries, self._given(jnp.int32, rows, width))
 
-    def _rows(self, dtype: Any, *rest: int) -> Any:
-        """One entry a row, divided as the rows are."""
-        spec = PartitionSpec(self.layout.batch_axes or None)
-        return jax.ShapeDtypeStruct((self.rows, *rest), dtype, sharding=self.layout.sharding(spec))
-
-    def _cache(self) -> HybridCache:
+    def pools(self) -> Layers:
+        """A slot and pages for every row."""
         held, compute = self.policy.matrix, self.policy.compute
-        cache = jax.eval_shape(lambda: self.layout.empty_cache(self.rows, self.capacity, held, compute))
+        pages = self.rows * pages_for(self.context)
+        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, self.rows, held, compute))
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.sharding(spec)),
-            cache,
-            self.layout.cache_specs(),
+            layers,
+            self.layout.cache_specs().layers,
         )
 
-    def _state(self) -> DecodeState:
-        return DecodeState(
-            cache=self._cache(),
-            token=self._rows(jnp.int32),
-            finished=self._rows(jnp.bool_),
-            emitted=self._rows(jnp.int32),
-            counts=None,
-        )
-
-    def _sampler(self) -> Sampler:
-        # what the host gives is the same on every device
-        numbers: Any = np.zeros(self.rows, np.uint32)
-        ends: Any = np.zeros(2, np.int32)
-        given = Sampler(
-            params=SamplingParams.of(GenerationConfig(), self.rows),
-            seeds=numbers,
-            sequence_index=numbers,
-            eos_ids=ends,
-            prompt_mask=None,
-        )
-        everywhere = self.layout.sharding(PartitionSpec())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), given)
+    def _given(self, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.sharding(PartitionSpec()))

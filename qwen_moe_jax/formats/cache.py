@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 
@@ -147,6 +148,61 @@ def empty_layers(
         sizes.pages(pages, kv_dtype) if kind == FULL_ATTENTION else sizes.states(slots, conv_dtype)
         for kind in kinds
     )
+
+
+def bytes_of(layers: tuple[LayerCache, ...]) -> tuple[int, int]:
+    """Bytes of (keys and values, recurrent states and convolution inputs) of all layers' pools."""
+    kv, states = (
+        sum(
+            x.size * x.dtype.itemsize
+            for layer in layers
+            if isinstance(layer, kind)
+            for x in jax.tree.leaves(layer)
+        )
+        for kind in (KVCache, DeltaNetCache)
+    )
+    return kv, states
+
+
+def states_of(layers: tuple[LayerCache, ...]) -> tuple[DeltaNetCache, ...]:
+    """The pools of recurrent states among those of all layers."""
+    return tuple(layer for layer in layers if isinstance(layer, DeltaNetCache))
+
+
+def with_states(layers: tuple[LayerCache, ...], states: tuple[DeltaNetCache, ...]) -> tuple[LayerCache, ...]:
+    """All layers' pools with other ones of recurrent states."""
+    rest = iter(states)
+    return tuple(next(rest) if isinstance(layer, DeltaNetCache) else layer for layer in layers)
+
+
+def move_states(
+    to: tuple[DeltaNetCache, ...],
+    given: tuple[DeltaNetCache, ...],
+    places: jax.Array,
+    sources: jax.Array,
+) -> tuple[DeltaNetCache, ...]:
+    """Copies entries of one pool to places of another.
+
+    Args:
+        to, given: a pool each layer.
+        places: int32 [moves], entries of `to`; the first one that it has not ends the list.
+        sources: int32 [moves], entries of `given`; one that it has not stands for a state that has seen
+            nothing.
+    """
+    entries, there = to[0].conv.shape[0], given[0].conv.shape[0]
+    count = jnp.cumprod(places < entries).sum()
+
+    def one(index: jax.Array, pools: tuple[DeltaNetCache, ...]) -> tuple[DeltaNetCache, ...]:
+        source, place = sources[index], places[index]
+
+        def copied(pool: jax.Array, other: jax.Array) -> jax.Array:
+            entry = lax.dynamic_index_in_dim(other, jnp.minimum(source, there - 1), keepdims=False)
+            entry = jnp.where(source < there, entry, 0).astype(pool.dtype)
+            return lax.dynamic_update_index_in_dim(pool, entry, place, axis=0)
+
+        return jax.tree.map(copied, pools, given)
+
+    return lax.fori_loop(0, count, one, to)
 
 
 def own_rows(batch: int, capacity: int, ranks: int = 1) -> Placement:

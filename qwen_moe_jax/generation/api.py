@@ -14,12 +14,16 @@ from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.engine.core import Core
+from qwen_moe_jax.engine.logits import SequenceLogits
+from qwen_moe_jax.engine.pools import pool_sizes
+from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
 from qwen_moe_jax.generation.describe import ModelDescription, describe_model
-from qwen_moe_jax.generation.engine import BLOCK_STEPS, Engine
+from qwen_moe_jax.generation.engine import Asked, Engine
 from qwen_moe_jax.generation.loading import (
     Loaded,
     compute_dtype,
@@ -29,9 +33,8 @@ from qwen_moe_jax.generation.loading import (
 )
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.parts import load_mtp
+from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
-from qwen_moe_jax.generation.running import Generation
-from qwen_moe_jax.generation.stopping import Row
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.kernels.target import current_target
@@ -43,8 +46,8 @@ from qwen_moe_jax.parallel.layout import Layout
 if TYPE_CHECKING:
     from qwen_moe_jax.layout_check import LayoutReport
 
-# Steps a device call while streaming: text appears this many tokens at a time.
-STREAM_STEPS = 4
+# Rows that are computed together at most where nobody says how many.
+MAX_ROWS = 64
 
 
 class QwenMoe:
@@ -62,6 +65,7 @@ class QwenMoe:
         layout: how it lies on its mesh, with the shared expert's mode that "auto" picked; None on one device.
         kernels: the table of implementations, with what was asked for.
         read_bytes: bytes of weights that this process read from files.
+        sequence_logits: the compiled forward that `logits` uses.
     """
 
     def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None, kernels: Kernels):
@@ -75,7 +79,9 @@ class QwenMoe:
         self.layout = layout
         self.kernels = kernels
         self.read_bytes = loaded.read_bytes
-        self.engine = Engine(loaded.forward)
+        self.sequence_logits = SequenceLogits(loaded.forward)
+        self._steps = Steps(loaded.forward)
+        self._engine: Engine | None = None
         self._decoder = decoder
         self._parameters = loaded.forward.parameters
         self._eos_ids = loaded.eos_token_ids
@@ -179,7 +185,7 @@ class QwenMoe:
         batch = self._rows(input_ids, attention_mask, {})
         self._check_length(batch, 0)
         out = np.zeros((len(batch.rows), batch.width, self.config.vocab_size), np.float32)
-        for start, chunk in self.engine.logits(batch.rows):
+        for start, chunk in self.sequence_logits.chunks(batch.rows):
             for index, (row, offset) in enumerate(zip(batch.rows, batch.offsets, strict=True)):
                 count = min(len(row) - start, chunk.shape[1])
                 if count > 0:
@@ -195,7 +201,7 @@ class QwenMoe:
         enable_thinking: bool | None = None,
         **options: Any,
     ) -> GenerationOutput:
-        """Continues prompts.
+        """Continues prompts, all of them together, through an engine that the model keeps (see `engine`).
 
         Args:
             prompt: a text, several texts, chat messages, several chats, an integer array [batch, seq],
@@ -211,22 +217,14 @@ class QwenMoe:
         """
         config = self._options(generation_config, options)
         batch = self._rows(prompt, attention_mask, _template_options(enable_thinking))
-        run = self._start(batch, config)
-        for _ in run.steps(BLOCK_STEPS):
-            pass
-        rows = run.rows
-        return GenerationOutput(
-            sequences=[row.tokens for row in rows],
-            texts=None if self.tokenizer is None else [row.text or "" for row in rows],
-            finish_reasons=[str(row.finish_reason) for row in rows],
-            logprobs=[row.logprobs for row in rows] if config.return_logprobs else None,
-            usage=Usage(
-                prompt_tokens=sum(map(len, batch.rows)),
-                generated_tokens=sum(len(row.tokens) for row in rows),
-                prefill_seconds=run.prefill_seconds,
-                decode_seconds=time.perf_counter() - run.prefilled_at,
-            ),
-        )
+        began = time.perf_counter()
+        requests = self._own_engine().start(self._asked(batch, config))
+        try:
+            found = [request.result() for request in requests]
+        finally:  # an error, or Ctrl-C: nothing goes on behind it
+            for request in requests:
+                request.cancel()
+        return _together(requests, found, began)
 
     def stream(
         self,
@@ -251,8 +249,42 @@ class QwenMoe:
             )
         if self.tokenizer is None:
             raise InputError("stream yields text, but this checkpoint has no tokenizer.json; use generate.")
-        run = self._start(batch, config)
-        return (piece for _, piece in run.steps(STREAM_STEPS))
+        request = self._own_engine().start(self._asked(batch, config), one_by_one=True)[0]
+        return _pieces(request)
+
+    def engine(
+        self, max_rows: int = MAX_ROWS, memory: int | None = None, *, prefix_cache: bool = True
+    ) -> Engine:
+        """An engine of its own pools, for many requests at once; use it with `with`.
+
+        Args:
+            max_rows: sequences that are computed together at most.
+            memory: bytes of each device for pages and states; None for what it has left. On a CPU with the
+                C++ kernels they take memory only as they are written.
+            prefix_cache: find the beginnings of prompts that were computed before, and keep them.
+
+        Raises:
+            InputError: not a positive number of rows or bytes, or memory that does not hold the states of so
+                many rows.
+        """
+        for name, value in (("max_rows", max_rows), ("memory", memory)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}; expected a positive integer.")
+        forward, context = self._steps.forward, self.config.max_position_embeddings
+        sizes = pool_sizes(
+            forward, max_rows=max_rows, memory=memory, prefix_cache=prefix_cache, context=context
+        )
+
+        def make() -> Core:
+            return Core(forward, self._steps, sizes, context=context, prefix_cache=prefix_cache)
+
+        return Engine(self, make)
+
+    def _own_engine(self) -> Engine:
+        """The one of `generate` and `stream`, made when it is first needed."""
+        if self._engine is None:
+            self._engine = self.engine()
+        return self._engine
 
     @overload
     def load_part(self, name: Literal["mtp"], *, progress: bool = False) -> MtpHead: ...
@@ -381,15 +413,53 @@ class QwenMoe:
                 f"{context}; give max_new_tokens at most {context - longest}."
             )
 
-    def _start(self, batch: PromptBatch, config: GenerationConfig) -> Generation:
+    def asked(self, prompt: Any, config: GenerationConfig | None, options: dict[str, Any]) -> list[Asked]:
+        """What an engine takes: prompts of any form that `generate` takes, with their options.
+
+        Raises:
+            InputError: as for `generate`.
+        """
+        enable_thinking = options.pop("enable_thinking", None)
+        mask = options.pop("attention_mask", None)
+        checked = self._options(config, options)
+        return self._asked(self._rows(prompt, mask, _template_options(enable_thinking)), checked)
+
+    def _asked(self, batch: PromptBatch, config: GenerationConfig) -> list[Asked]:
         self._check_length(batch, config.max_new_tokens)
-        eos_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
-        rows = [
-            Row(self.tokenizer, eos_ids, config.stops, config.max_new_tokens)
-            for _ in range(len(batch.rows) * config.num_return_sequences)
+        end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
+        seeds = config.seeds(len(batch.rows))
+        return [
+            Asked(ids=row, config=config, end_ids=end_ids, seed=seed)
+            for row, seed in zip(batch.rows, seeds, strict=True)
         ]
-        return Generation(self.engine, batch.rows, rows, config, eos_ids)
 
 
 def _template_options(enable_thinking: bool | None) -> dict[str, Any]:
     return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+
+
+def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:
+    """Several prompts' results as one."""
+    ended = max(request.ended or began for request in requests)
+    first = max(request.first_token or ended for request in requests)
+    return GenerationOutput(
+        sequences=[row for out in found for row in out.sequences],
+        texts=None if found[0].texts is None else [text for out in found for text in out.texts or ()],
+        finish_reasons=[reason for out in found for reason in out.finish_reasons],
+        logprobs=None if found[0].logprobs is None else [row for out in found for row in out.logprobs or ()],
+        usage=Usage(
+            prompt_tokens=sum(out.usage.prompt_tokens for out in found),
+            cached_prompt_tokens=sum(out.usage.cached_prompt_tokens for out in found),
+            generated_tokens=sum(out.usage.generated_tokens for out in found),
+            prefill_seconds=first - began,
+            decode_seconds=ended - first,
+        ),
+    )
+
+
+def _pieces(request: Request) -> Iterator[Piece]:
+    """What a request says; it ends with whoever reads it."""
+    try:
+        yield from request
+    finally:
+        request.cancel()

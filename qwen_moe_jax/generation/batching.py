@@ -86,16 +86,6 @@ def to_rows(
     raise InputError(f"the prompt is {_describe(prompt)}; expected {_FORMS}.")
 
 
-def right_pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of at most `length` ids (empty ones too) -> (ids int32, valid bool), each [batch, length]."""
-    ids = np.zeros((len(rows), length), np.int32)
-    valid = np.zeros((len(rows), length), bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        valid[index, : len(row)] = True
-    return ids, valid
-
-
 def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
 

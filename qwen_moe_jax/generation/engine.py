@@ -1,282 +1,408 @@
-"""Prefill and decode as compiled functions over explicit state.
-
-Nothing here knows text. Every step takes the cache (and is donated it) and returns the next one; the
-decode loop runs on the device, several steps a call.
-"""
+"""`Engine`: many requests at once, submitted from any thread."""
 
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from tqdm import tqdm
 
-from qwen_moe_jax.formats.cache import HybridCache
-from qwen_moe_jax.generation.batching import right_pad
-from qwen_moe_jax.generation.forward import Forward
-from qwen_moe_jax.generation.sampling import (
-    SamplingParams,
-    SamplingPlan,
-    choose_tokens,
-    row_keys,
-    step_keys,
-)
-from qwen_moe_jax.generation.shapes import cache_capacity, chunk_length, chunk_spans
-
-BLOCK_STEPS = 16  # most decode steps in one device call
+from qwen_moe_jax.engine.core import Core, Job
+from qwen_moe_jax.errors import EngineError, InputError
+from qwen_moe_jax.formats.cache import PAGE, pages_for
+from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.requests import Request
+from qwen_moe_jax.generation.results import GenerationOutput
+from qwen_moe_jax.generation.stopping import Row
+from qwen_moe_jax.generation.tokenizer import Tokenizer
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """What choosing tokens needs, one entry a row; constant during a generation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A prompt as ids, and how it is to be continued.
 
-    params: SamplingParams
-    seeds: jax.Array  # [batch] uint32, of each row's prompt
-    sequence_index: jax.Array  # [batch] uint32, each row's number among its prompt's sequences
-    eos_ids: jax.Array  # [n] int32, shared by all rows
-    prompt_mask: jax.Array | None  # [batch, vocab] bool: token occurs in the prompt (penalties only)
+    Attributes:
+        ids: int32 [tokens].
+        config: checked.
+        end_ids: tokens that end a text.
+        seed: of this prompt.
+    """
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Where a batch stands: `token` is chosen and emitted, but not yet in the cache."""
-
-    cache: HybridCache
-    token: jax.Array  # [batch] int32
-    finished: jax.Array  # [batch] bool
-    emitted: jax.Array  # [batch] int32, tokens chosen so far
-    counts: jax.Array | None  # [batch, vocab] int32, how often each was chosen (penalties only)
+    ids: np.ndarray
+    config: GenerationConfig
+    end_ids: tuple[int, ...]
+    seed: int
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What one device call emitted: row b's first `count[b]` entries."""
+class Model(Protocol):
+    """What an engine needs to know of its model beside its steps."""
 
-    tokens: jax.Array  # [batch, BLOCK_STEPS] int32
-    logprobs: jax.Array  # [batch, BLOCK_STEPS] float32
-    count: jax.Array  # [batch] int32
+    tokenizer: Tokenizer | None
+
+    def asked(self, prompt: Any, config: GenerationConfig | None, options: dict[str, Any]) -> list[Asked]:
+        """Prompts of any form, with their options; one entry a prompt. Raises InputError."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """An engine at one moment; counts are since it was made.
+
+    Attributes:
+        running, waiting: sequences that have a slot, and that have none yet.
+        prompt_tokens: of the requests submitted.
+        cached_prompt_tokens: of these, found in the prefix cache.
+        generated_tokens: of all requests.
+        pages, free_pages: of all data ranks; free ones are those that a request may take, which includes
+            the prefix cache's.
+        cached_pages: pages that only the prefix cache holds.
+        snapshots, cached_snapshots: places for recurrent states, and those in use by the prefix cache.
+        preemptions: how often a sequence gave its pages back, to be computed again.
+        compiled_programs: steps of different shapes that it has run.
+    """
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    pages: int
+    free_pages: int
+    cached_pages: int
+    snapshots: int
+    cached_snapshots: int
+    preemptions: int
+    compiled_programs: int
 
 
 class Engine:
-    """The compiled functions of one model, and the host loops that feed them.
+    """Continues many prompts at once (continuous batching: Yu et al., Orca, OSDI 2022).
 
-    Batches are padded with rows without tokens to what the forward's devices divide evenly; the padding
-    stays in every result that is an array, behind the rows asked for.
+    Each sequence of a request takes one of `max_rows` slots when one is free, and leaves it when it ends.
+    Prompts are read in chunks between decode steps: a running row waits for one chunk at most. What earlier
+    requests have left in the pages is found again (`prefix_cache`).
+
+    A thread runs it while there is work. A model on the devices of several processes is run by whoever waits
+    for a result instead: every process has to submit the same requests in the same order, and wait for them
+    in the same order; what runs next depends on nothing else, so that they take the same decisions.
+
+    Attributes:
+        memory: bytes of the pools on each device, where all of them are in use.
     """
 
-    def __init__(self, forward: Forward):
-        self.config = forward.decoder.config
-        self._params = forward.parameters
-        self._hidden_dtype = forward.decoder.dtypes.compute
-        self._model = forward
-        jit = partial(jax.jit, compiler_options=forward.kernels.compiler_options)
-        self._prefill = jit(partial(_prefill, forward), donate_argnames=("cache", "last_hidden"))
-        self._forward = jit(partial(_forward, forward), donate_argnames=("cache",))
-        self._first = jit(partial(_first, forward), static_argnames="plan", donate_argnames=("cache",))
-        self._decode = jit(partial(_decode, forward), static_argnames="plan", donate_argnames=("state",))
-        self._repeat = jax.jit(_repeat, static_argnames="copies")
+    def __init__(self, model: Model, make_core: Callable[[], Core]):
+        self._model = model
+        self._make_core = make_core
+        self._core: Core | None = make_core()
+        self.memory = self._core.sizes.bytes
+        self._driven = jax.process_count() > 1
+        self._lock = threading.RLock()
+        self._running: dict[Request, list[Any]] = {}
+        self._commands: list[Callable[[Core], None]] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
-    def padded(self, rows: int) -> int:
-        """The number of rows that a batch of `rows` is computed with."""
-        return -(-rows // self._model.batch_multiple) * self._model.batch_multiple
+    def __enter__(self) -> "Engine":
+        """For `with`, which closes it."""
+        return self
 
-    def new_cache(self, batch: int, capacity: int) -> HybridCache:
-        """An empty cache for `batch` rows of `capacity` tokens."""
-        return self._model.new_cache(batch, capacity)
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
 
-    def forward(
-        self, tokens: jax.Array | np.ndarray, valid: jax.Array | np.ndarray, cache: HybridCache
-    ) -> tuple[jax.Array, HybridCache]:
-        """All logits of some new tokens, after what the cache holds (the cache is donated).
+    def close(self) -> None:
+        """Ends what runs, with an error, and gives the memory back. Nothing can be submitted any more."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._fail(EngineError("the engine was closed."))
+        self._core = None
+
+    def submit(
+        self, prompt: Any, generation_config: GenerationConfig | None = None, **options: Any
+    ) -> Request:
+        """Queues one prompt; returns at once.
 
         Args:
-            tokens: int32 [batch, seq].
-            valid: bool [batch, seq], a prefix of each row.
-            cache: with room for them.
+            prompt: a text, chat messages, or token ids.
+            generation_config: how; see `GenerationConfig`.
+            **options: its fields, which override it, and for chats `enable_thinking`.
 
-        Returns:
-            (float32 [batch, seq, vocab], the cache after them).
+        Raises:
+            InputError: several prompts, or as for `QwenMoe.generate`; a prompt that with its new tokens never
+                fits the engine's pages.
+            EngineError: the engine was closed.
         """
-        return self._forward(self._params, cache=cache, tokens=tokens, valid=valid)
+        asked = self._model.asked(prompt, generation_config, options)
+        if len(asked) != 1:
+            raise InputError(f"submit takes one prompt, and was given {len(asked)}; use run, or submit each.")
+        return self.start(asked, one_by_one=True)[0]
 
-    def logits(self, rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Logits of whole sequences, chunk by chunk.
+    def run(
+        self,
+        prompts: Iterable[Any],
+        options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, GenerationOutput]]:
+        """Continues many prompts, giving each result as it is there.
 
         Args:
-            rows: one int32 array of token ids a row, without padding.
+            prompts: each one as for `submit`.
+            options: for all of them, or a mapping for each.
+            progress: shows a bar on stderr, with tokens a second.
 
         Yields:
-            (start, float32 [batch, length, vocab]): the logits of positions start .. start + length - 1;
-            those behind a row's end, and rows behind the last, mean nothing.
-        """
-        longest = max(map(len, rows))
-        rows = self._pad(rows)
-        cache = self.new_cache(len(rows), cache_capacity(longest))
-        for start, tokens, valid in self._chunks(rows):
-            chunk, cache = self.forward(tokens, valid, cache)
-            yield start, np.asarray(chunk[:, : longest - start])
+            (number of the prompt, its result).
 
-    def prefill(self, rows: list[np.ndarray], room: int) -> tuple[HybridCache, jax.Array]:
-        """Reads prompts into a new cache.
+        Raises:
+            InputError: as for `submit`; of all prompts before the first is run.
+        """
+        listed = list(prompts)
+        each = _options_of_each(options, len(listed))
+        asked: list[Asked] = []
+        for number, (prompt, given) in enumerate(zip(listed, each, strict=True)):
+            found = self._model.asked(prompt, None, dict(given))
+            if len(found) != 1:
+                raise InputError(
+                    f"entry {number} of the prompts holds {len(found)} prompts; each entry is one of them."
+                )
+            asked += found
+        return self._results(asked, progress)
+
+    def _results(self, asked: list[Asked], progress: bool) -> Iterator[tuple[int, GenerationOutput]]:
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        requests = self.start(asked)
+        for number, request in enumerate(requests):
+            request.when_ended(lambda number=number: ended.put(number))
+        tokens, began = 0, time.perf_counter()
+        try:
+            with tqdm(total=len(requests), disable=not progress, unit="prompt") as bar:
+                for _ in requests:
+                    if self._driven:
+                        while ended.empty():
+                            self._work_once()
+                    number = ended.get()
+                    out = requests[number].result()
+                    tokens += out.usage.generated_tokens
+                    bar.update()
+                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.1f} tokens/s")
+                    yield number, out
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def start(self, asked: Sequence[Asked], *, one_by_one: bool = False) -> list[Request]:
+        """Queues prompts that were looked at already, in order.
 
         Args:
-            rows: one int32 array of token ids a row, without padding.
-            room: tokens to leave room for behind the longest prompt.
+            asked: of `Model.asked`.
+            one_by_one: somebody reads along, so that tokens are to be handed out one by one.
 
-        Returns:
-            (cache, the hidden state of each row's last token [batch, hidden]).
+        Raises:
+            InputError: one of them never fits.
+            EngineError: the engine was closed.
         """
-        rows = self._pad(rows)
-        cache = self.new_cache(len(rows), cache_capacity(max(map(len, rows)) + room))
-        last: Any = np.zeros((len(rows), self.config.hidden_size), self._hidden_dtype)
-        for _, tokens, valid in self._chunks(rows):
-            cache, last = self._prefill(
-                self._params, cache=cache, last_hidden=last, tokens=tokens, valid=valid
-            )
-        return cache, last
+        core = self._checked_core()
+        for one in asked:
+            check_fits(core, len(one.ids), one.config.max_new_tokens)
+        pairs = [self._request(one, one_by_one) for one in asked]
 
-    def repeat(
-        self, cache: HybridCache, last_hidden: jax.Array, copies: int
-    ) -> tuple[HybridCache, jax.Array]:
-        """Every row `copies` times, the copies of a row next to each other."""
-        return self._repeat((cache, last_hidden), copies=copies)
+        def submit(core: Core) -> None:
+            for request, job in pairs:
+                if not request.done:  # it may have been cancelled already
+                    self._running[request] = list(core.submit(job))
 
-    def lower_prefill(self, cache: HybridCache, tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-        """The program that `prefill` runs on a chunk, of arguments without values.
+        self._command(submit)
+        return [request for request, _ in pairs]
+
+    def _request(self, asked: Asked, one_by_one: bool) -> tuple[Request, Job]:
+        config, tokenizer = asked.config, self._model.tokenizer
+        rows = [
+            Row(tokenizer, asked.end_ids, config.stops, config.max_new_tokens)
+            for _ in range(config.num_return_sequences)
+        ]
+        request = Request(
+            rows,
+            len(asked.ids),
+            self,
+            logprobs=config.return_logprobs,
+            texts=tokenizer is not None,
+        )
+        job = Job(
+            prompt=asked.ids,
+            max_new_tokens=config.max_new_tokens,
+            sampling=tuple(config.row_sampling(asked.seed, index) for index in range(len(rows))),
+            end_ids=asked.end_ids,
+            one_by_one=one_by_one or bool(config.stops),
+            take=lambda index, token, logprob: self._take(request, index, token, logprob),
+        )
+        return request, job
+
+    def warmup(self, *, sampled: bool = True) -> int:
+        """Compiles every step that the engine may ever run; returns how many.
 
         Args:
-            cache: shapes and shardings, before the chunk.
-            tokens: int32 [batch, chunk].
+            sampled: also those for rows that draw their tokens or have penalties.
         """
-        batch = tokens.shape[0]
-        return self._prefill.lower(
-            self._params,
-            cache=cache,
-            last_hidden=jax.ShapeDtypeStruct((batch, self.config.hidden_size), self._hidden_dtype),
-            tokens=tokens,
-            valid=jax.ShapeDtypeStruct(tokens.shape, jnp.bool_, sharding=tokens.sharding),
+        done = threading.Event()
+        errors: list[BaseException] = []
+
+        def warm(core: Core) -> None:
+            try:
+                core.warmup(sampled=sampled)
+            except BaseException as error:
+                errors.append(error)
+                raise
+            finally:
+                done.set()
+
+        self._command(warm)
+        while self._driven and not done.is_set():
+            self._work_once()
+        done.wait()
+        if errors:
+            raise EngineError(f"a step does not compile: {errors[0]}") from errors[0]
+        return self.stats().compiled_programs
+
+    def stats(self) -> EngineStats:
+        """How it stands."""
+        core = self._checked_core()
+        scheduler = core.scheduler
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting + len(self._commands),
+            prompt_tokens=core.prompt_tokens,
+            cached_prompt_tokens=core.cached_prompt_tokens,
+            generated_tokens=core.generated_tokens,
+            pages=core.ranks * core.sizes.pages,
+            free_pages=scheduler.free_pages + scheduler.cached_pages,
+            cached_pages=scheduler.cached_pages,
+            snapshots=core.ranks * core.sizes.snapshots,
+            cached_snapshots=scheduler.cached_snapshots,
+            preemptions=scheduler.preemptions,
+            compiled_programs=len(core.programs),
         )
 
-    def lower_decode(self, state: DecodeState, sampler: Sampler, plan: SamplingPlan) -> jax.stages.Lowered:
-        """The program that `decode` runs, of arguments without values."""
-        steps = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._decode.lower(self._params, state=state, sampler=sampler, steps=steps, plan=plan)
+    # What requests ask for.
 
-    def _chunks(self, rows: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(start, tokens [batch, bucket], valid [batch, bucket]) of each prefill chunk."""
-        chunk = chunk_length(len(rows), self._model.kernels)
-        for start, length in chunk_spans(max(map(len, rows)), chunk):
-            yield start, *right_pad([row[start : start + length] for row in rows], length)
+    def wait(self, changed: threading.Condition, until: Callable[[], bool], timeout: float | None) -> bool:
+        """See `requests.Runner`."""
+        if not self._driven:
+            return changed.wait_for(until, timeout)
+        end = None if timeout is None else time.perf_counter() + timeout
+        while not until():
+            if end is not None and time.perf_counter() > end:
+                return False
+            changed.release()
+            try:
+                self._work_once()
+            finally:
+                changed.acquire()
+        return True
 
-    def _pad(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        return rows + [np.zeros(0, np.int32)] * (self.padded(len(rows)) - len(rows))
+    def cancel(self, request: Request) -> None:
+        """See `requests.Runner`."""
 
-    def first(
-        self, cache: HybridCache, last_hidden: jax.Array, sampler: Sampler, plan: SamplingPlan
-    ) -> tuple[DecodeState, Block]:
-        """Chooses the first token after the prompts; a block of one step."""
-        return self._first(self._params, cache=cache, last_hidden=last_hidden, sampler=sampler, plan=plan)
+        def end(core: Core) -> None:
+            for row in self._running.pop(request, ()):
+                core.cancel(row)
+            request.end()
 
-    def decode(
-        self, state: DecodeState, sampler: Sampler, plan: SamplingPlan, steps: int
-    ) -> tuple[DecodeState, Block]:
-        """Runs up to `steps` (at most BLOCK_STEPS) steps, stopping early when all rows have finished."""
-        return self._decode(
-            self._params, state=state, sampler=sampler, steps=np.int32(min(steps, BLOCK_STEPS)), plan=plan
+        with self._lock:
+            closed = self._closed
+        if closed:
+            request.end()
+        else:
+            self._command(end)
+
+    def _take(self, request: Request, index: int, token: int, logprob: float) -> bool:
+        if index == 0 and request.first_token is None and (rows := self._running.get(request)):
+            request.cached_prompt_tokens = rows[0].cached
+        ended = request.take(index, token, logprob)
+        if request.done:
+            self._running.pop(request, None)
+        return ended
+
+    # The thread.
+
+    def _checked_core(self) -> Core:
+        if self._core is None or self._closed:
+            raise EngineError("the engine was closed; make another one with model.engine().")
+        return self._core
+
+    def _command(self, command: Callable[[Core], None]) -> None:
+        """Has something done between two steps."""
+        with self._lock:
+            self._checked_core()
+            self._commands.append(command)
+            if not self._driven and self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="qwen-moe-jax engine", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        """Runs while there is something to do; then the thread ends, and the next command begins another."""
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """Takes commands, then advances by a step; False when there is nothing to do."""
+        with self._lock:
+            commands, self._commands = self._commands, []
+            if self._closed:
+                self._thread = None
+                return False
+        core = self._core
+        assert core is not None
+        try:
+            for command in commands:
+                command(core)
+            if core.advance():
+                return True
+        except BaseException as error:  # the pools are lost with the step: everybody is told
+            self._fail(error)
+            self._core = self._make_core()
+        with self._lock:
+            if self._commands:
+                return True
+            self._thread = None
+            return False
+
+    def _fail(self, error: BaseException) -> None:
+        running, self._running = self._running, {}
+        for request in running:
+            request.end(error)
+
+
+def check_fits(core: Core, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises InputError if a sequence can never have the pages it needs."""
+    # the last token is never written
+    needed, pages = pages_for(prompt_tokens + new_tokens - 1), core.sizes.pages
+    if needed > pages:
+        raise InputError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones need {needed} pages of {PAGE} "
+            f"tokens, and the engine has {pages}; give the engine more memory, or fewer tokens."
         )
 
 
-def _repeat(tree, *, copies: int):
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
-
-
-def _prefill(model: Forward, params, *, cache, last_hidden, tokens, valid):
-    hidden, cache = model.hidden(params, tokens, valid, cache)
-    count = valid.sum(axis=1)
-    index = jnp.maximum(count - 1, 0)[:, None, None]
-    last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    # a row that ended in an earlier chunk keeps what it had
-    return cache, jnp.where(count[:, None] > 0, last, last_hidden)
-
-
-def _forward(model: Forward, params, *, cache, tokens, valid):
-    hidden, cache = model.hidden(params, tokens, valid, cache)
-    return model.everywhere(model.logits(params, hidden)), cache
-
-
-def _choose(logits, state: DecodeState, sampler: Sampler, plan: SamplingPlan):
-    """The next token of every row that has not finished; (state, log-probabilities)."""
-    with jax.named_scope("sampling"):
-        tokens, logprobs = choose_tokens(
-            logits,
-            sampler.params,
-            plan,
-            step_keys(row_keys(sampler.seeds, sampler.sequence_index), state.emitted),
-            sampler.prompt_mask,
-            state.counts,
+def _options_of_each(
+    options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, prompts: int
+) -> Sequence[Mapping[str, Any]]:
+    if options is None or isinstance(options, Mapping):
+        return [options or {}] * prompts
+    if isinstance(options, str) or not isinstance(options, Sequence):
+        raise InputError(
+            f"options is a {type(options).__name__}; expected a mapping, or one for each prompt."
         )
-    running = ~state.finished
-    counts = state.counts
-    if counts is not None:
-        counts = counts.at[jnp.arange(tokens.shape[0]), tokens].add(running.astype(counts.dtype))
-    ends = (tokens[:, None] == sampler.eos_ids[None]).any(axis=1)
-    state = dataclasses.replace(
-        state,
-        token=jnp.where(running, tokens, state.token),
-        finished=state.finished | ends,
-        emitted=state.emitted + running.astype(jnp.int32),
-        counts=counts,
-    )
-    return state, logprobs
-
-
-def _first(model: Forward, params, *, cache, last_hidden, sampler: Sampler, plan: SamplingPlan):
-    batch = last_hidden.shape[0]
-    counts = None
-    if sampler.prompt_mask is not None:
-        counts = jnp.zeros(sampler.prompt_mask.shape, jnp.int32)
-    state = DecodeState(
-        cache=cache,
-        token=jnp.zeros(batch, jnp.int32),
-        finished=jnp.zeros(batch, bool),
-        emitted=jnp.zeros(batch, jnp.int32),
-        counts=counts,
-    )
-    logits = model.logits(params, last_hidden)
-    state, logprobs = _choose(logits, state, sampler, plan)
-    block = Block(tokens=state.token[:, None], logprobs=logprobs[:, None], count=state.emitted)
-    return state, model.everywhere(block)
-
-
-def _decode(model: Forward, params, *, state: DecodeState, sampler: Sampler, steps, plan: SamplingPlan):
-    batch = state.token.shape[0]
-    before = state.emitted
-
-    def unfinished(carry):
-        step, state, _, _ = carry
-        return (step < steps) & ~state.finished.all()
-
-    def one_step(carry):
-        step, state, tokens, logprobs = carry
-        # a finished row feeds a pad: its cache stands still
-        hidden, cache = model.hidden(params, state.token[:, None], ~state.finished[:, None], state.cache)
-        state = dataclasses.replace(state, cache=cache)
-        state, logprob = _choose(model.logits(params, hidden[:, 0]), state, sampler, plan)
-        tokens = lax.dynamic_update_index_in_dim(tokens, state.token, step, axis=1)
-        logprobs = lax.dynamic_update_index_in_dim(logprobs, logprob, step, axis=1)
-        return step + 1, state, tokens, logprobs
-
-    start = (
-        jnp.int32(0),
-        state,
-        jnp.zeros((batch, BLOCK_STEPS), jnp.int32),
-        jnp.zeros((batch, BLOCK_STEPS), jnp.float32),
-    )
-    _, state, tokens, logprobs = lax.while_loop(unfinished, one_step, start)
-    return state, model.everywhere(Block(tokens=tokens, logprobs=logprobs, count=state.emitted - before))
+    if len(options) != prompts:
+        raise InputError(f"options holds {len(options)} entries for {prompts} prompts; give one for each.")
+    bad = [entry for entry in options if not isinstance(entry, Mapping)]
+    if bad:
+        raise InputError(f"options holds a {type(bad[0]).__name__}; expected a mapping for each prompt.")
+    return options

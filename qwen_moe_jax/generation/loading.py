@@ -16,8 +16,8 @@ from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_t
 from qwen_moe_jax.checkpoint.scale_targets import with_scales
 from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.engine.forward import Forward, OneDeviceForward
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
-from qwen_moe_jax.generation.forward import Forward, OneDeviceForward
 from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwen_moe_jax.engine.sampling import RowSampling
 from qwen_moe_jax.errors import InputError
 
 # Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
@@ -84,6 +85,17 @@ class GenerationConfig:
         if self.stop_strings is None:
             return ()
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+
+    def row_sampling(self, seed: int, sequence_index: int) -> RowSampling:
+        """How the tokens of one sequence are chosen.
+
+        Args:
+            seed: of its prompt.
+            sequence_index: its number among the prompt's sequences.
+        """
+        names = {field.name for field in dataclasses.fields(RowSampling)} - {"seed", "sequence_index"}
+        values = {name: getattr(self, name) for name in names}
+        return RowSampling(**values, seed=seed, sequence_index=sequence_index)
 
     def seeds(self, prompts: int) -> list[int]:
         """One seed a prompt.

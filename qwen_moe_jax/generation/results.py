@@ -9,12 +9,14 @@ class Usage:
 
     Attributes:
         prompt_tokens: tokens read, over all prompts.
+        cached_prompt_tokens: of these, found in the prefix cache instead of being computed.
         generated_tokens: tokens returned, over all sequences.
         prefill_seconds: until the first token of every row was chosen.
         decode_seconds: from there to the end.
     """
 
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float
@@ -28,7 +30,8 @@ class GenerationOutput:
         sequences: new tokens only, without padding; an end-of-text token that ended a row is its last.
         texts: the decoded sequences without special tokens and without the stop string, or None when
             the checkpoint has no tokenizer.
-        finish_reasons: "stop" (an end-of-text token or a stop string) or "length".
+        finish_reasons: "stop" (an end-of-text token or a stop string), "length" or, of a request that was
+            cancelled, "cancelled".
         logprobs: natural-log probability of each token under the model's own distribution, before
             penalties and filters; None unless asked for.
         usage: counts and timings.
@@ -50,10 +53,12 @@ class Piece:
             incomplete.
         token_id: the token.
         logprob: as in `GenerationOutput`.
-        finish_reason: on the last piece "stop" or "length", else None.
+        finish_reason: on the last piece of a sequence "stop" or "length", else None.
+        index: number of the sequence among those of its prompt.
     """
 
     text: str
     token_id: int
     logprob: float
     finish_reason: str | None
+    index: int = 0

@@ -32,6 +32,13 @@ class Row:
         """The text decided so far; None without a tokenizer."""
         return None if self._stream is None else self._stream.text
 
+    def stop(self, reason: str) -> None:
+        """Ends a row from outside; nothing happens where it has ended already."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            if self._stream is not None:
+                self._stream.finish()
+
     def push(self, token: int, logprob: float) -> str:
         """Adds a token of a row that has not finished; returns the text it decides."""
         self.tokens.append(token)

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from qwen_moe_jax.errors import InputError
 
@@ -73,3 +74,13 @@ def start_processes(
             f"process {number} of {count} could not join the others at {address} ({first_line})."
         ) from error
     return count
+
+
+def least_of_all(number: int) -> int:
+    """The smallest of the numbers that the processes have; each of them has to call."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    # in mebibytes, since JAX carries 32 bits
+    return int(multihost_utils.process_allgather(np.int32(number >> 20)).min()) << 20

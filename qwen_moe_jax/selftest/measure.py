@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.configs import released_config
-from qwen_moe_jax.generation.forward import Parameters
+from qwen_moe_jax.engine.forward import Parameters
 from qwen_moe_jax.kernels.table import make_kernels
 from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype

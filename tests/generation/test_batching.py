@@ -4,10 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.generation.batching import right_pad, to_rows
-from qwen_moe_jax.generation.chat import ChatTemplate
-from qwen_moe_jax.generation.shapes import (
+from qwen_moe_jax.engine.shapes import (
     CPU_CHUNK,
     CPU_CHUNK_BATCH,
     GPU_CHUNK,
@@ -18,6 +15,9 @@ from qwen_moe_jax.generation.shapes import (
     chunk_length,
     chunk_spans,
 )
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.generation.batching import right_pad, to_rows
+from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.kernels.table import Kernels
 
 VOCAB = 200

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.sampling import (
+from qwen_moe_jax.engine.sampling import (
     SamplingParams,
     SamplingPlan,
     apply_penalties,
@@ -20,6 +19,7 @@ from qwen_moe_jax.generation.sampling import (
     sample,
     step_keys,
 )
+from qwen_moe_jax.generation.options import GenerationConfig
 
 VOCAB = 97
 # Float32 softmax and cumulative sums over 97 entries, in two summation orders: some 97 roundings of 6e-8 at

@@ -8,10 +8,10 @@ import pytest
 from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.engine.sampling import SamplingParams, SamplingPlan
 from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.generation.engine import Sampler
 from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.sampling import SamplingParams, SamplingPlan
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
 
 BATCH, CAPACITY = 2, 96

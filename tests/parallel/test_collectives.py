@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from qwen_moe_jax.generation.running import Generation
 from support.configs import random_config
 from support.meshes import on_mesh
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.engine.sampling import SamplingPlan
 from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.running import Generation
-from qwen_moe_jax.generation.sampling import SamplingPlan
 
 SEED = 22  # a layer of either kind; fusable
 LAYERS = random_config(SEED)["num_hidden_layers"]

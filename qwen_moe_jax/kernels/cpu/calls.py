@@ -1,5 +1,6 @@
 """The C++ kernels as functions of arrays, with the signatures of the plain XLA forms."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,6 +170,17 @@ def native_attention(
     return mixed, KVCache(k=k, v=v)
 
 
+def native_reserve(shape: tuple[int, ...], dtype: DTypeLike, variant: str) -> jax.Array:
+    """Memory for an array, which nobody has written: what it holds means nothing, and the machine takes the
+    memory of a large one only as it is written."""
+    return _reserve(shape, jnp.dtype(dtype), variant)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _reserve(shape: tuple[int, ...], dtype: jnp.dtype, variant: str) -> jax.Array:
+    return _call(variant, "reserve", (), [jax.ShapeDtypeStruct(shape, dtype)])[0]
+
+
 def _recurrence(variant: str, operation: str, *tokens_and_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Query, key, value, g, beta and state -> (output, the state after it), which takes its memory over."""
     operands = tuple(x.astype(jnp.float32) for x in tokens_and_state)
@@ -194,9 +206,9 @@ def _call(
 ) -> list[jax.Array]:
     # Results differ wherever an operand does, and JAX wants all operands typed alike.
     operands = tuple(vary_like(x, *operands) for x in operands)
-    mesh = jax.typeof(operands[0]).sharding.mesh
+    mesh = jax.typeof(operands[0]).sharding.mesh if operands else None
     typed: dict[str, Any] = {}
-    if not mesh.empty:
+    if mesh is not None and not mesh.empty:
         typed["sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         typed["manual_axis_type"] = jax.sharding.ManualAxisType(varying=varying_axes(operands[0]))
     call = jax.ffi.ffi_call(

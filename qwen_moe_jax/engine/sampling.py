@@ -6,19 +6,65 @@ arXiv:2407.01082). All values are traced, so that changing them recompiles nothi
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from qwen_moe_jax.generation.options import GenerationConfig
+# What a row's history holds for a token that occurs in the prompt, beside how often it was generated.
+IN_PROMPT = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSampling:
+    """How one row's tokens are chosen; meanings as in `GenerationConfig`.
+
+    Attributes:
+        do_sample: draw, instead of taking the most likely token.
+        seed: of the row's prompt.
+        sequence_index: the row's number among the sequences of its prompt.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    sequence_index: int = 0
+
+    @property
+    def filters(self) -> bool:
+        """Some of top-k, top-p and min-p is on."""
+        return self.do_sample and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        """Some penalty is on, so that tokens have to be counted."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def greedy(self) -> bool:
+        """The most likely token as the model has it."""
+        return not self.do_sample and not self.penalises
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """One value a row; meanings as in `GenerationConfig`."""
+    """`RowSampling` as arrays, one entry a row."""
+
+    do_sample: jax.Array  # [batch] bool
+    filters: jax.Array  # [batch] bool
+    penalises: jax.Array  # [batch] bool
+    seed: jax.Array  # [batch] uint32
+    sequence_index: jax.Array  # [batch] uint32
 
     temperature: jax.Array  # [batch] float32
     top_k: jax.Array  # [batch] int32, 0 keeps all
@@ -29,60 +75,41 @@ class SamplingParams:
     frequency_penalty: jax.Array  # [batch] float32
 
     @classmethod
-    def of(cls, config: GenerationConfig, batch: int) -> "SamplingParams":
-        """The same values for every row."""
-        values: dict[str, Any] = {
-            f.name: np.full(batch, getattr(config, f.name), np.float32)
-            for f in dataclasses.fields(cls)
-            if f.name != "top_k"
-        }
-        # any k above the vocabulary keeps all
-        values["top_k"] = np.full(batch, min(config.top_k, np.iinfo(np.int32).max), np.int32)
+    def of(cls, rows: Sequence[RowSampling]) -> "SamplingParams":
+        """Of rows in order, as arrays of the host."""
+        dtypes: dict[str, Any] = {"seed": np.uint32, "sequence_index": np.uint32, "top_k": np.int32}
+        dtypes |= dict.fromkeys(("do_sample", "filters", "penalises"), np.bool_)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            listed = [getattr(row, field.name) for row in rows]
+            if field.name == "top_k":  # any k above the vocabulary keeps all
+                listed = [min(k, 2**31 - 1) for k in listed]
+            values[field.name] = np.asarray(listed, dtypes.get(field.name, np.float32))
         return cls(**values)
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingPlan:
-    """What has to be computed at all; part of the compiled program.
-
-    Attributes:
-        do_sample: draw, instead of taking the most likely token.
-        needs_filter: some of top-k, top-p, min-p is on.
-        needs_penalties: some penalty is on, so tokens have to be counted.
-    """
-
-    do_sample: bool
-    needs_filter: bool
-    needs_penalties: bool
-
-    @classmethod
-    def of(cls, config: GenerationConfig) -> "SamplingPlan":
-        """What `config` needs."""
-        return cls(
-            do_sample=config.do_sample,
-            needs_filter=config.do_sample and (config.top_k > 0 or config.top_p < 1 or config.min_p > 0),
-            needs_penalties=config.repetition_penalty != 1
-            or config.presence_penalty != 0
-            or config.frequency_penalty != 0,
-        )
+def history(vocab: int, prompt: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """What penalties know of a row: int32 [vocab], how often each token was generated, and IN_PROMPT more for
+    one that occurs in the prompt."""
+    counts = np.bincount(generated, minlength=vocab).astype(np.int32)
+    counts[prompt] |= IN_PROMPT
+    return counts
 
 
-def apply_penalties(
-    logits: jax.Array, prompt_mask: jax.Array, generated_counts: jax.Array, params: SamplingParams
-) -> jax.Array:
+def apply_penalties(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> jax.Array:
     """Makes tokens that occurred less likely.
 
     Args:
         logits: float32 [batch, vocab].
-        prompt_mask: bool [batch, vocab], tokens that occur in the prompt.
-        generated_counts: int32 [batch, vocab], how often each was generated.
+        seen: int32 [batch, vocab], each row's `history`.
         params: repetition penalty acts on prompt and generated tokens, the others on generated ones.
     """
+    generated = seen & (IN_PROMPT - 1)
     penalty = params.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    logits = jnp.where(prompt_mask | (generated_counts > 0), repeated, logits)
-    logits = logits - params.presence_penalty[:, None] * (generated_counts > 0)
-    return logits - params.frequency_penalty[:, None] * generated_counts
+    logits = jnp.where(seen > 0, repeated, logits)
+    logits = logits - params.presence_penalty[:, None] * (generated > 0)
+    return logits - params.frequency_penalty[:, None] * generated
 
 
 def scale_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
@@ -153,36 +180,36 @@ def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, step)
 
 
-def choose_tokens(
-    logits: jax.Array,
-    params: SamplingParams,
-    plan: SamplingPlan,
-    keys: jax.Array,
-    prompt_mask: jax.Array | None,
-    generated_counts: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of every row.
+def choose_tokens(logits: jax.Array, params: SamplingParams, step: jax.Array, seen: jax.Array) -> jax.Array:
+    """The next token of every row. Filters and penalties cost nothing while no row asks for them.
 
     Args:
         logits: float32 [batch, vocab].
         params: one value a row.
-        plan: what to compute.
-        keys: [batch] PRNG keys.
-        prompt_mask, generated_counts: as in `apply_penalties`; None when the plan needs none.
+        step: int32 [batch], tokens that each row has; with its seed and number it decides the draw.
+        seen: int32 [batch, vocab], each row's `history`.
 
     Returns:
-        (tokens int32 [batch], their log-probabilities float32 [batch] under softmax(logits), that is
-        before penalties and filters).
+        int32 [batch].
     """
-    shaped = logits
-    if plan.needs_penalties:
-        assert prompt_mask is not None
-        assert generated_counts is not None
-        shaped = apply_penalties(shaped, prompt_mask, generated_counts, params)
-    if plan.do_sample:
-        shaped = filter_logits(shaped, params) if plan.needs_filter else scale_logits(shaped, params)
-        tokens = sample(shaped, keys)
-    else:
-        tokens = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+    logits = lax.cond(params.penalises.any(), lambda: apply_penalties(logits, seen, params), lambda: logits)
+
+    def drawn() -> jax.Array:
+        shaped = lax.cond(
+            params.filters.any(), lambda: filter_logits(logits, params), lambda: scale_logits(logits, params)
+        )
+        keys = step_keys(row_keys(params.seed, params.sequence_index), step)
+        return jnp.where(params.do_sample, sample(shaped, keys), most_likely(logits))
+
+    return lax.cond(params.do_sample.any(), drawn, lambda: most_likely(logits))
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """[batch, vocab] -> int32 [batch], of equals the first."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of each row's token under softmax(logits): [batch, vocab], int32 [batch] -> float32 [batch]."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

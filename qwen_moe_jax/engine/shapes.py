@@ -1,10 +1,13 @@
 """Buckets: every compiled shape comes from a short list, so that the number of compilations is bounded.
 
-A prompt of n tokens is prefilled as whole chunks of `chunk_length` and a tail padded up to a bucket, or cut
+The engine's steps have one of the shapes of `prefill_shapes` and `row_buckets`. Where logits of whole
+sequences are wanted, n tokens are whole chunks of `chunk_length` and a tail padded up to a bucket, or cut
 into two where padding would be most of it; caches come in capacities two to an octave (64, 96, 128, ...).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from qwen_moe_jax.kernels.table import Kernels
 
@@ -18,6 +21,43 @@ SMALLEST_CHUNK = 16
 # Up to this many tokens, another chunk costs more than padding.
 _PADDED = 512
 SMALLEST_CAPACITY = 64
+
+
+# Decode programs of an engine, at most, each greedy and not; with prefill's and three small ones, 24.
+_MOST_BUCKETS = 7
+
+
+def row_buckets(slots: int) -> tuple[int, ...]:
+    """Numbers of rows that decode steps are compiled for: powers of two up to `slots`, thinned out from below
+    the largest ones where there would be too many."""
+    buckets = [slots]
+    while buckets[0] > 1:
+        buckets.insert(0, 1 << (buckets[0] - 1).bit_length() - 1)
+    if len(buckets) > _MOST_BUCKETS:
+        places = np.linspace(0, len(buckets) - 1, _MOST_BUCKETS).round().astype(int)
+        buckets = [buckets[place] for place in places]
+    return tuple(buckets)
+
+
+def prefill_shapes(slots: int, kernels: Kernels) -> tuple[tuple[int, int], ...]:
+    """(rows a data rank, tokens a row) of the prefill chunks that are compiled: long ones of one row, and
+    short ones of several, whose tokens together read each expert's matrices once.
+
+    Args:
+        slots: rows that there are at most.
+        kernels: what programs are compiled for, and with.
+    """
+    longest = chunk_length(1, kernels)
+    shapes = [(1, 16), (1, 64), (1, 256), (1, min(1024, longest)), (1, longest), (4, 256), (16, 64)]
+    return tuple(dict.fromkeys((rows, chunk) for rows, chunk in shapes if rows <= max(slots, 1)))
+
+
+def right_pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of at most `length` ids (empty ones too) -> (ids int32 [batch, length], counts int32 [batch])."""
+    ids = np.zeros((len(rows), length), np.int32)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return ids, np.asarray([len(row) for row in rows], np.int32)
 
 
 def chunk_length(batch: int, kernels: Kernels) -> int:

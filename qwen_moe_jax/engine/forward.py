@@ -1,0 +1,152 @@
+"""The model as two functions of its parameters, on one device or on a mesh."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+
+from qwen_moe_jax.config import FULL_ATTENTION
+from qwen_moe_jax.formats.cache import (
+    CacheSizes,
+    DeltaNetCache,
+    HybridCache,
+    LayerCache,
+    bytes_of,
+    empty_cache,
+    empty_layers,
+    move_states,
+    states_of,
+)
+from qwen_moe_jax.kernels.cpu.calls import native_reserve
+from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.model.decoder import Decoder, named_parameters, with_parameters
+from qwen_moe_jax.model.linear import held_dtype
+
+Parameters = Mapping[str, jax.Array]
+
+
+class Forward(Protocol):
+    """What the engine compiles.
+
+    Attributes:
+        decoder: its configuration and dtypes.
+        kernels: what it is compiled for.
+        parameters: canonical name -> array.
+        batch_multiple: ranks that rows are divided among; a batch's number of rows is a multiple of it.
+        devices: of this process, that the model lies on.
+        memory_as_used: pools take memory as they are written, not when they are made.
+        page_bytes: of keys and values of a page, all layers, on one device.
+        state_bytes: of a row's recurrent states and convolution inputs, all layers, on one device.
+    """
+
+    decoder: Decoder
+    kernels: Kernels
+    parameters: dict[str, jax.Array]
+    batch_multiple: int
+    devices: list[Any]
+    memory_as_used: bool
+    page_bytes: int
+    state_bytes: int
+
+    def hidden(
+        self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, HybridCache]:
+        """As `Decoder.__call__`."""
+        ...
+
+    def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
+        """As `Decoder.logits`."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> HybridCache:
+        """An empty cache for `batch` rows of `capacity` tokens, with pages and slots of their own."""
+        ...
+
+    def new_layers(self, pages: int, slots: int) -> tuple[LayerCache, ...]:
+        """Pools of all data ranks together; what they hold means nothing."""
+        ...
+
+    def new_states(self, entries: int) -> tuple[DeltaNetCache, ...]:
+        """Pools of recurrent states only, for snapshots, of all data ranks together."""
+        ...
+
+    def move_states(
+        self,
+        to: tuple[DeltaNetCache, ...],
+        given: tuple[DeltaNetCache, ...],
+        places: jax.Array,
+        sources: jax.Array,
+    ) -> tuple[DeltaNetCache, ...]:
+        """As `formats.cache.move_states`, on each data rank by its own part of the lists."""
+        ...
+
+    def everywhere(self, tree: Any) -> Any:
+        """The same arrays, whole on every device, so that any process can read them."""
+        ...
+
+
+class OneDeviceForward:
+    """The model on the device its parameters lie on."""
+
+    def __init__(self, decoder: Decoder, kernels: Kernels):
+        self.decoder = decoder
+        self.kernels = kernels
+        self.parameters = named_parameters(decoder)
+        self.batch_multiple = 1
+        # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.
+        self._kv_dtype = held_dtype(decoder.dtypes.compute, kernels)
+        self.devices = [jax.local_devices()[0]]
+        self.memory_as_used = kernels.native is not None
+        one = jax.eval_shape(lambda: self._empty_pools(decoder.config.layer_types, 1, 1))
+        self.page_bytes, self.state_bytes = bytes_of(one)
+
+    def hidden(
+        self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, HybridCache]:
+        """As `Decoder.__call__`."""
+        return with_parameters(self.decoder, parameters)(tokens, valid, cache)
+
+    def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
+        """As `Decoder.logits`."""
+        return with_parameters(self.decoder, parameters).logits(hidden)
+
+    def new_cache(self, batch: int, capacity: int) -> HybridCache:
+        """An empty cache."""
+        config, compute = self.decoder.config, self.decoder.dtypes.compute
+        return empty_cache(config, batch, capacity, self._kv_dtype, compute)
+
+    def new_layers(self, pages: int, slots: int) -> tuple[LayerCache, ...]:
+        """Pools of this device."""
+        return self._pools(self.decoder.config.layer_types, pages, slots)
+
+    def new_states(self, entries: int) -> tuple[DeltaNetCache, ...]:
+        """Pools of recurrent states only."""
+        kinds = tuple(kind for kind in self.decoder.config.layer_types if kind != FULL_ATTENTION)
+        return states_of(self._pools(kinds, 0, entries))
+
+    def move_states(
+        self,
+        to: tuple[DeltaNetCache, ...],
+        given: tuple[DeltaNetCache, ...],
+        places: jax.Array,
+        sources: jax.Array,
+    ) -> tuple[DeltaNetCache, ...]:
+        """As `formats.cache.move_states`."""
+        return move_states(to, given, places, sources)
+
+    def everywhere(self, tree: Any) -> Any:
+        """What lies on one device is whole there."""
+        return tree
+
+    def _empty_pools(self, kinds: tuple[str, ...], pages: int, slots: int) -> tuple[LayerCache, ...]:
+        config, compute = self.decoder.config, self.decoder.dtypes.compute
+        return empty_layers(kinds, CacheSizes.of(config), pages, slots, self._kv_dtype, compute)
+
+    def _pools(self, kinds: tuple[str, ...], pages: int, slots: int) -> tuple[LayerCache, ...]:
+        make = partial(self._empty_pools, kinds, pages, slots)
+        native = self.kernels.native
+        if native is None:
+            return jax.jit(make)()
+        # Memory that nobody has written is not taken from the machine yet.
+        return jax.tree.map(lambda x: native_reserve(x.shape, x.dtype, native), jax.eval_shape(make))

@@ -1,0 +1,169 @@
+"""What the scheduler says: rows, and the steps that are planned for them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qwen_moe_jax.engine.prefix_tree import Node
+
+WAITING, PREFILL, DECODE, FINISHED = "waiting", "prefill", "decode", "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """The sequences of one prompt: one computes it, and the others find what it has left.
+
+    Attributes:
+        leader: the one that computes it.
+        ready: all of the prompt is planned.
+        waiting: sequences that have not begun.
+    """
+
+    leader: "Sequence"
+    ready: bool
+    waiting: int
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One row's text, from its prompt to its end.
+
+    Attributes:
+        number: in the order of arrival.
+        prompt: int32 [tokens].
+        max_new_tokens: at most.
+        group: of its prompt's sequences, None if it is alone.
+        emitted: new tokens that are known.
+        state: WAITING, PREFILL, DECODE or FINISHED.
+        epoch: how often it has given its pages back.
+        cached: tokens of the prompt that it found in the prefix cache when it first began.
+        rank, slot, pages: that it holds.
+        node: of the prefix tree, what it has pinned.
+        text: prompt and what was known when it began, all of which but the last token is prefilled.
+        planned: tokens in the caches once every planned step has run.
+        planned_emitted: new tokens once every planned step has run, if it does not end before.
+        borders: lengths at which prefill keeps a snapshot, ascending.
+        kept: (snapshot, length) of the last page border that decoding has passed.
+        begun: its first decode step is planned.
+    """
+
+    number: int
+    prompt: np.ndarray
+    max_new_tokens: int
+    group: Group | None = None
+    emitted: list[int] = dataclasses.field(default_factory=list)
+    state: str = WAITING
+    epoch: int = 0
+    cached: int = 0
+    rank: int = -1
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    node: Node | None = None
+    text: Any = None
+    planned: int = 0
+    planned_emitted: int = 0
+    borders: list[int] = dataclasses.field(default_factory=list)
+    kept: tuple[int, int] | None = None
+    begun: bool = False
+    was_admitted: bool = False
+
+    @property
+    def confirmed(self) -> int:
+        """Tokens that are in the caches for certain, once the steps planned so far have run: the last one
+        that it emitted is not among them."""
+        if self.state == PREFILL:
+            return self.planned
+        return len(self.prompt) + len(self.emitted) - 1
+
+    def known(self, tokens: int) -> np.ndarray:
+        """The first tokens of prompt and emitted text, int32."""
+        return np.concatenate([self.prompt, np.asarray(self.emitted, np.int32)])[:tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMove:
+    """A recurrent state between a slot and a snapshot of a data rank; None is the state of nothing seen."""
+
+    rank: int
+    slot: int
+    snapshot: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRow:
+    """A row's part of a prefill step.
+
+    Attributes:
+        sequence: it is of.
+        rank, row: its place among the rows of the step.
+        slot: of its data rank.
+        start: tokens in the caches before.
+        tokens: int32, those to read now.
+    """
+
+    sequence: Sequence
+    rank: int
+    row: int
+    slot: int
+    start: int
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRow:
+    """A row's part of a decode step.
+
+    Attributes:
+        sequence: it is of.
+        rank, row: its place among the rows of the step.
+        slot: of its data rank.
+        epoch: of the sequence; what is emitted for another one is not to be taken.
+        token: to feed, at its first step since it began; None where the device goes on with what it chose.
+        length: tokens in the caches before the step, if it does not end earlier.
+        emitted: new tokens before the step, likewise.
+    """
+
+    sequence: Sequence
+    rank: int
+    row: int
+    slot: int
+    epoch: int
+    token: int | None
+    length: int
+    emitted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillStep:
+    """A chunk of prompts.
+
+    Attributes:
+        shape: (rows of each data rank, tokens a row).
+        rows: that have tokens in it.
+        restores: states to put in place before it.
+        saves: states to keep behind it.
+    """
+
+    shape: tuple[int, int]
+    rows: tuple[PrefillRow, ...]
+    restores: tuple[StateMove, ...]
+    saves: tuple[StateMove, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """Some tokens of each of some rows.
+
+    Attributes:
+        bucket: rows of each data rank that are computed.
+        rows: that there are.
+        steps: tokens a row, at most.
+        restores, saves: as of `PrefillStep`.
+    """
+
+    bucket: int
+    rows: tuple[DecodeRow, ...]
+    steps: int
+    restores: tuple[StateMove, ...]
+    saves: tuple[StateMove, ...]
