@@ -1,49 +1,68 @@
-// Causal softmax attention over a key/value cache, with the new keys appended in place (online softmax:
-// Milakov & Gimelshein, arXiv:1805.02867). Scores stand as [key][query], so that a softmax runs along vectors
-// of queries, and the second product takes them as an MLP's does (panels.h).
+// Causal softmax attention over keys and values in pages, with the new ones written in place (online softmax:
+// Milakov & Gimelshein, arXiv:1805.02867; pages: Kwon et al., arXiv:2309.06180). Scores stand as
+// [key][query], so that a softmax runs along vectors of queries, and the second product takes them as an
+// MLP's does (panels.h).
 #pragma once
 #include <deque>
 
 #include "linear.h"
 
 struct Attention {
-  long batch, seq, heads, kv_heads, dim, capacity;
+  long batch, seq, heads, kv_heads, dim, pages, page, width;
   Type type, cache_type;
-  const char* query;     // [batch, seq, heads, dim]
-  const int* positions;  // [batch, seq]: a query sees slots 0 .. position
-  char *k, *v;           // [batch, capacity, kv_heads, dim]
-  char* out;             // as query
+  const char* query;       // [batch, seq, heads, dim]
+  const int* positions;    // [batch, seq]: a query sees its row's positions 0 .. position
+  const int* tables;       // [batch, width]: the pages of each row
+  char *k, *v;             // [pages, page, kv_heads, dim]
+  char* out;               // as query
+  std::vector<long> held;  // [batch]: positions that a row has pages for
 
   long group() const { return heads / kv_heads; }
-  long last(long b, long s) const { return std::min((long)positions[b * seq + s], capacity - 1); }
+  void count_pages() {
+    held.assign(batch, 0);
+    for (long b = 0; b < batch; b++)
+      while (held[b] < width * page && page_of(b, held[b]) >= 0) held[b] += page;
+  }
+  // the page of a position, -1 for none
+  long page_of(long b, long position) const {
+    if (position < 0 || position >= width * page) return -1;
+    long found = tables[b * width + position / page];
+    return found >= 0 && found < pages ? found : -1;
+  }
+  long last(long b, long s) const { return std::min((long)positions[b * seq + s], held[b] - 1); }
   long longest() const {  // keys that some query sees
     long most = 0;
     for (long b = 0; b < batch; b++)
       for (long s = 0; s < seq; s++) most = std::max(most, last(b, s) + 1);
     return most;
   }
-  Matrix keys(long b, long head) const {
-    long stride = kv_heads * dim * size_of(cache_type);
-    return {k + b * capacity * stride + head * dim * size_of(cache_type), cache_type, capacity, dim, stride};
+  // Keys from a position on to the end of its page.
+  Matrix keys(long b, long head, long position) const {
+    long stride = kv_heads * dim * size_of(cache_type), inside = position % page;
+    const char* data = k + (page_of(b, position) * page + inside) * stride + head * dim * size_of(cache_type);
+    return {data, cache_type, page - inside, dim, stride};
   }
-  Matrix values(long b, long head) const {
-    Matrix m = keys(b, head);
+  Matrix values(long b, long head, long position) const {
+    Matrix m = keys(b, head, position);
     m.data = v + ((const char*)m.data - k);
     return m;
   }
+  // What all keys have in common.
+  Matrix any_keys() const { return {k, cache_type, page, dim, kv_heads * dim * size_of(cache_type)}; }
 };
 
-// New keys and values [batch, seq, kv_heads, dim] of a.type to their slots; one behind the capacity is
-// dropped.
-inline void append_keys(const Attention& a, const char* key, const char* value, const int* slots) {
+// New keys and values [batch, seq, kv_heads, dim] of a.type to their places in their rows; one that its row
+// has no page for is dropped.
+inline void append_keys(const Attention& a, const char* key, const char* value, const int* places) {
   long width = a.kv_heads * a.dim, from_size = size_of(a.type), to_size = size_of(a.cache_type);
   for (long b = 0; b < a.batch; b++)
     for (long s = 0; s < a.seq; s++) {
-      long slot = slots[b * a.seq + s];
-      if (slot < 0 || slot >= a.capacity) continue;
+      long place = places[b * a.seq + s], page = a.page_of(b, place);
+      if (page < 0) continue;
+      long slot = page * a.page + place % a.page;
       for (int both = 0; both < 2; both++) {
         const char* from = (both ? value : key) + (b * a.seq + s) * width * from_size;
-        char* to = (both ? a.v : a.k) + (b * a.capacity + slot) * width * to_size;
+        char* to = (both ? a.v : a.k) + slot * width * to_size;
         if (a.type == a.cache_type)
           memcpy(to, from, width * to_size);
         else if (a.type == Type::F32)
@@ -116,17 +135,17 @@ struct Softmax {
 };
 
 // out[q][dim] += sum_k weights[k][ldc] * value[k][dim], for up to 8 queries; `out` holds, for bfloat16, first
-// elements of pairs and second ones apart as LANES each. The next KEYS values are fetched meanwhile.
+// elements of pairs and second ones apart as LANES each. Meanwhile as many values are fetched from `ahead`.
 template <bool PAIRS, int COUNT>
-inline void add_values(const Matrix& v, long first, long count, const float* weights, long ldc, long queries,
-                       float* out, long stride) {
+inline void add_values(const Matrix& v, const char* ahead, long count, const float* weights, long ldc,
+                       long queries, float* out, long stride) {
   constexpr long WIDE = 2 * LANES, SIZE = PAIRS ? 2 : 4;
   for (long d = 0; d < v.columns; d += WIDE) {
     Floats total[COUNT][2] = {};  // columns behind `queries` are computed and not used
     bool whole = d + WIDE <= v.columns;
     for (long k = 0; k < count; k++) {
-      const char* row = v.row(first + k) + d * SIZE;
-      __builtin_prefetch(row + KEYS * v.stride, 0, 2);
+      const char* row = v.row(k) + d * SIZE;
+      __builtin_prefetch(ahead + k * v.stride + d * SIZE, 0, 2);
       Floats part[2];
       alignas(64) char padded[WIDE * SIZE];
       if (!whole) {
@@ -154,16 +173,16 @@ inline void add_values(const Matrix& v, long first, long count, const float* wei
 }
 
 template <bool PAIRS>
-inline void add_some_values(const Matrix& v, long first, long count, const float* weights, long ldc,
+inline void add_some_values(const Matrix& v, const char* ahead, long count, const float* weights, long ldc,
                             long queries, float* out, long stride) {
   if (queries == 1)
-    add_values<PAIRS, 1>(v, first, count, weights, ldc, queries, out, stride);
+    add_values<PAIRS, 1>(v, ahead, count, weights, ldc, queries, out, stride);
   else if (queries == 2)
-    add_values<PAIRS, 2>(v, first, count, weights, ldc, queries, out, stride);
+    add_values<PAIRS, 2>(v, ahead, count, weights, ldc, queries, out, stride);
   else if (queries <= 4)
-    add_values<PAIRS, 4>(v, first, count, weights, ldc, queries, out, stride);
+    add_values<PAIRS, 4>(v, ahead, count, weights, ldc, queries, out, stride);
   else
-    add_values<PAIRS, 8>(v, first, count, weights, ldc, queries, out, stride);
+    add_values<PAIRS, 8>(v, ahead, count, weights, ldc, queries, out, stride);
 }
 
 // The queries of a key head, and what a task knows of them.
@@ -176,7 +195,7 @@ struct Asked {
   Asked(const Attention& a, long b, long head, char* memory, float* sums)
       : queries(a, b, head, 0, a.seq),
         softmax(queries),
-        x(queries.pack(a, a.keys(b, head), memory)),
+        x(queries.pack(a, a.any_keys(), memory)),
         sums(sums) {}
 };
 
@@ -194,7 +213,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
   float* records = memory.as<float>();
   pool.run(a.batch * spans, [&](long task) {
     long b = task / spans, begin = task % spans * SPAN;
-    long packed = round_up(Operand::bytes(choose_way(queries, a.keys(b, 0), a.type), queries, a.dim), 64);
+    long packed = round_up(Operand::bytes(choose_way(queries, a.any_keys(), a.type), queries, a.dim), 64);
     char* room = thread_memory(a.kv_heads * packed);
     Tiles tiles;
     std::deque<Asked> heads;
@@ -211,11 +230,12 @@ inline void attend_few(Pool& pool, const Attention& a) {
     for (long first = begin; first < end; first += KEYS)
       for (long head = 0; head < a.kv_heads; head++) {
         Asked& asked = heads[head];
-        Matrix k = a.keys(b, head), v = a.values(b, head);
         long count = std::min(KEYS, end - first), ldc = asked.queries.padded;
         for (long p = 0; p < count; p += PANEL) {
-          fetch_rows(k, first + KEYS + p, PANEL);
-          multiply_panel(k, first + p, std::min(PANEL, count - p), asked.x, scores + p * ldc, ldc);
+          long next = first + KEYS + p;
+          if (next < a.held[b]) fetch_rows(a.keys(b, head, next), 0, PANEL);
+          Matrix k = a.keys(b, head, first + p);
+          multiply_panel(k, 0, std::min(PANEL, count - p), asked.x, scores + p * ldc, ldc);
         }
         asked.softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
         for (long q = 0; q < queries; q++)
@@ -223,10 +243,16 @@ inline void attend_few(Pool& pool, const Attention& a) {
         for (long q = 0; q < queries; q += 8) {
           long some = std::min(8L, queries - q);
           float* sums = asked.sums + q * padded;
-          if (pairs)
-            add_some_values<true>(v, first, count, scores + q, ldc, some, sums, padded);
-          else
-            add_some_values<false>(v, first, count, scores + q, ldc, some, sums, padded);
+          for (long p = 0; p < count;) {
+            Matrix v = a.values(b, head, first + p);
+            long here = std::min(v.rows, count - p), next = first + KEYS + p;
+            const char* ahead = next < a.held[b] ? a.values(b, head, next).row(0) : v.row(0);
+            if (pairs)
+              add_some_values<true>(v, ahead, here, scores + p * ldc + q, ldc, some, sums, padded);
+            else
+              add_some_values<false>(v, ahead, here, scores + p * ldc + q, ldc, some, sums, padded);
+            p += here;
+          }
         }
       }
     for (Asked& asked : heads)
@@ -251,7 +277,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
         total += share * tops[queries + q];
         for (long d = 0; d < padded; d++) sum[d] += share * from[q * padded + d];
       }
-      for (long d = 0; d < a.dim; d++) result[d] = sum[pairs ? place_of_pair(d) : d] / total;
+      for (long d = 0; d < a.dim; d++) result[d] = total > 0 ? sum[pairs ? place_of_pair(d) : d] / total : 0;
       long row = (b * a.seq + q / group) * a.heads + head * group + q % group;
       write_row(result.data(), a.dim, a.type, a.out + row * a.dim * size_of(a.type));
     }
@@ -261,26 +287,31 @@ inline void attend_few(Pool& pool, const Attention& a) {
 // Many queries a key head (prefill): queries are divided among tasks, values transposed once for all of them.
 inline void attend_many(Pool& pool, const Attention& a) {
   long group = a.group(), at_once = QUERIES / group, blocks = (a.seq + at_once - 1) / at_once;
+  std::vector<long> longest_of(a.batch, 0);  // keys that some query of a row sees
+  for (long b = 0; b < a.batch; b++)
+    for (long s = 0; s < a.seq; s++) longest_of[b] = std::max(longest_of[b], a.last(b, s) + 1);
   long longest = a.longest(), columns = round_up(longest, KEYS), size = size_of(a.cache_type),
        heads = a.batch * a.kv_heads;
   long one = a.dim * columns * size;
   Workspace transposed(heads * one + 64);
   long parts = columns / KEYS;
   pool.run(heads * parts, [&](long task) {  // values [key][dim] -> [dim][key], zeros behind the last key
-    long i = task / parts, first = task % parts * KEYS;
-    Matrix v = a.values(i / a.kv_heads, i % a.kv_heads);
+    long i = task / parts, first = task % parts * KEYS, b = i / a.kv_heads;
     char* to = transposed.as<char>() + i * one;
-    long end = std::min(longest, first + KEYS);
-    for (long d = 0; d < a.dim; d += 16) {
-      long wide = std::min(16L, a.dim - d);
-      for (long key = first; key < first + KEYS; key++)
-        for (long j = 0; j < wide; j++) {
-          char* place = to + ((d + j) * columns + key) * size;
-          if (key >= end)
-            memset(place, 0, size);
-          else
-            memcpy(place, v.row(key) + (d + j) * size, size);
-        }
+    long end = std::min(longest_of[b], first + KEYS);
+    for (long from = first; from < first + KEYS; from += PANEL) {
+      Matrix v = from < end ? a.values(b, i % a.kv_heads, from) : a.any_keys();
+      for (long d = 0; d < a.dim; d += 16) {
+        long wide = std::min(16L, a.dim - d);
+        for (long key = from; key < from + PANEL; key++)
+          for (long j = 0; j < wide; j++) {
+            char* place = to + ((d + j) * columns + key) * size;
+            if (key >= end)
+              memset(place, 0, size);
+            else
+              memcpy(place, v.row(key - from) + (d + j) * size, size);
+          }
+      }
     }
   });
   pool.run(heads * blocks, [&](long task) {
@@ -291,20 +322,20 @@ inline void attend_many(Pool& pool, const Attention& a) {
     Softmax softmax(asked);
     long ldc = asked.padded;
     Tiles tiles;
-    Matrix k = a.keys(b, head);
     Matrix v{transposed.as<char>() + i * one, a.cache_type, a.dim, columns, columns * size};
-    Way way = choose_way(queries, k, a.type);
+    Way way = choose_way(queries, a.any_keys(), a.type);
     long bytes = round_up(Operand::bytes(way, queries, a.dim), 64);
     long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64);
     // its queries, their weights, and their sums
     char* memory = thread_memory(bytes + weight_bytes + 4 * round_up(a.dim, PANEL) * ldc);
-    Operand x = asked.pack(a, k, memory);
+    Operand x = asked.pack(a, a.any_keys(), memory);
     float* sums = (float*)(memory + bytes + weight_bytes);  // [dim][ldc]
     std::fill(sums, sums + a.dim * ldc, 0.f);
     float *scores = PanelScratch::mine().c[0], *part = PanelScratch::mine().c[1];
     for (long first = 0; first < asked.end; first += KEYS) {
       long count = std::min(KEYS, asked.end - first);
-      multiply_panels(k, first, count, x, scores, ldc);
+      for (long p = 0; p < count; p += PANEL)
+        multiply_panel(a.keys(b, head, first + p), 0, std::min(PANEL, count - p), x, scores + p * ldc, ldc);
       softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
       long even = round_up(count, 2);
       if (even > count) std::fill(scores + count * ldc, scores + even * ldc, 0.f);
@@ -326,7 +357,7 @@ inline void attend_many(Pool& pool, const Attention& a) {
       }
     }
     for (long q = 0; q < queries; q++) {
-      float inverse = 1 / softmax.total[q];
+      float inverse = softmax.total[q] > 0 ? 1 / softmax.total[q] : 0;
       for (long d = 0; d < a.dim; d++) part[d] = sums[d * ldc + q] * inverse;
       write_row(part, a.dim, a.type, a.out + asked.rows[q] * a.dim * size_of(a.type));
     }

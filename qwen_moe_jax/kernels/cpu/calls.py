@@ -85,6 +85,7 @@ def native_conv(
     x: jax.Array,
     weight: jax.Array,
     carried: jax.Array,
+    slots: jax.Array,
     counts: jax.Array,
     *,
     key_dim: int,
@@ -92,20 +93,30 @@ def native_conv(
     value_dim: int,
     variant: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Convolution, SiLU and norms of a Gated DeltaNet's heads; arguments and results as of `conv_heads`, in
-    float32 but for what is carried."""
+    """Convolution, SiLU and norms of a Gated DeltaNet's heads, in float32.
+
+    Args:
+        x, weight, counts, key_dim, heads, value_dim: as of `conv_heads`.
+        carried: [slots, kernel - 1, channels] of x.dtype, whose memory the new one takes over.
+        slots: int32 [batch], the entry of each row; a row whose entry there is not reads zeros and writes none.
+        variant: of the library.
+
+    Returns:
+        (query, key and value as of `conv_heads`; what is carried on in all slots).
+    """
     batch, seq, channels = x.shape
     keys = (batch, seq, (channels - heads * value_dim) // (2 * key_dim), key_dim)
     shapes = [(keys, jnp.float32)] * 2 + [((batch, seq, heads, value_dim), jnp.float32)]
     results = [jax.ShapeDtypeStruct(*each) for each in (*shapes, (carried.shape, x.dtype))]
     # weights that lie by taps are made once for all steps of a loop
-    operands = (x, weight.T.astype(jnp.float32), carried.astype(x.dtype), counts)
-    query, key, value, carried = _call(variant, "conv", operands, results)
+    operands = (x, weight.T.astype(jnp.float32), carried.astype(x.dtype), slots, counts)
+    query, key, value, carried = _call(variant, "conv", operands, results, aliases={2: 3})
     return query, key, value, carried
 
 
 def native_delta_step(
     state: jax.Array,
+    slots: jax.Array,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -116,16 +127,17 @@ def native_delta_step(
     """One token of the gated delta rule, as `delta_rule_step`, in float32.
 
     Args:
-        state: [batch, heads, Dk, Dv], whose memory the new one takes over.
+        state: [slots, heads, Dk, Dv], whose memory the new one takes over.
+        slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and gets zeros.
         query, key: [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
         value: [batch, heads, Dv].
         g, beta: [batch, heads].
         variant: of the library.
 
     Returns:
-        (output [batch, heads, Dv], new state).
+        (output [batch, heads, Dv], the states of all slots).
     """
-    return _recurrence(variant, "delta_step", query, key, value, g, beta, state)
+    return _recurrence(variant, "delta_step", slots, query, key, value, g, beta, state)
 
 
 def native_delta_chunks(
@@ -135,10 +147,12 @@ def native_delta_chunks(
     g: jax.Array,
     beta: jax.Array,
     state: jax.Array,
+    slots: jax.Array,
     variant: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over a sequence; arguments and results as of `delta_rule_chunked`, in float32."""
-    return _recurrence(variant, "delta_chunks", query, key, value, g, beta, state)
+    """The gated delta rule over a sequence, as `delta_rule_chunked`, in float32; state and slots as of
+    `native_delta_step`."""
+    return _recurrence(variant, "delta_chunks", slots, query, key, value, g, beta, state)
 
 
 def native_attention(
@@ -146,18 +160,21 @@ def native_attention(
     key: jax.Array,
     value: jax.Array,
     positions: jax.Array,
-    slots: jax.Array,
+    places: jax.Array,
+    tables: jax.Array,
     cache: KVCache,
     variant: str,
 ) -> tuple[jax.Array, KVCache]:
-    """New keys and values to their slots of the cache, then causal attention over it.
+    """New keys and values to their rows' pages, then causal attention over them.
 
     Args:
         query: [batch, seq, heads, head_dim], float32 or bfloat16.
         key, value: [batch, seq, kv_heads, head_dim], of query's dtype.
-        positions: int32 [batch, seq]; a query sees slots 0 .. position.
-        slots: int32 [batch, seq]; a slot at or beyond the capacity drops its token.
-        cache: float32 or bfloat16, whose memory the new one takes over.
+        positions: int32 [batch, seq]; a query sees its row's positions 0 .. position.
+        places: int32 [batch, seq], positions that the new ones get; one that its row has no page for drops its
+            token.
+        tables: int32 [batch, width], the pages of each row; the first id that no page has ends it.
+        cache: float32 or bfloat16, pages of a multiple of 32 tokens, whose memory the new one takes over.
         variant: of the library.
 
     Returns:
@@ -165,8 +182,8 @@ def native_attention(
         float32; beside a bfloat16 cache, many queries' weights are rounded to bfloat16.
     """
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, cache.k, cache.v)]
-    operands = (query, key, value, positions, slots, cache.k, cache.v)
-    mixed, k, v = _call(variant, "attention", operands, results, aliases={5: 1, 6: 2})
+    operands = (query, key, value, positions, places, tables, cache.k, cache.v)
+    mixed, k, v = _call(variant, "attention", operands, results, aliases={6: 1, 7: 2})
     return mixed, KVCache(k=k, v=v)
 
 
@@ -181,11 +198,13 @@ def _reserve(shape: tuple[int, ...], dtype: jnp.dtype, variant: str) -> jax.Arra
     return _call(variant, "reserve", (), [jax.ShapeDtypeStruct(shape, dtype)])[0]
 
 
-def _recurrence(variant: str, operation: str, *tokens_and_state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Query, key, value, g, beta and state -> (output, the state after it), which takes its memory over."""
+def _recurrence(
+    variant: str, operation: str, slots: jax.Array, *tokens_and_state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Query, key, value, g, beta and state -> (output, the states after it), which take their memory over."""
     operands = tuple(x.astype(jnp.float32) for x in tokens_and_state)
     results = [jax.ShapeDtypeStruct(operands[i].shape, jnp.float32) for i in (2, 5)]
-    output, state = _call(variant, operation, operands, results, aliases={5: 1})
+    output, state = _call(variant, operation, (*operands, slots), results, aliases={5: 1})
     return output, state
 
 

@@ -7,22 +7,24 @@
 #include "pool.h"
 
 struct ConvArguments {
-  long batch, seq, key_heads, heads, key_dim, value_dim, taps;
+  long batch, seq, key_heads, heads, key_dim, value_dim, taps, slots;
   Type type;            // of x and of what is carried
   const char* x;        // [batch, seq, channels]: queries, keys and values of all heads
   const float* weight;  // [taps, channels], the last one for the current token
-  const char* carried;  // [batch, taps - 1, channels]: the inputs before x, oldest first
-  const int* counts;    // [batch]: tokens in front of the pads
-  float *query, *key;   // [batch, seq, key_heads, key_dim]
-  float* value;         // [batch, seq, heads, value_dim]
-  char* new_carried;    // as carried: the last inputs in front of the pads
+  char* carried;      // [slots, taps - 1, channels]: the inputs before x, oldest first; changed where it lies
+  const int* slot;    // [batch]: the slot of each row; a row whose slot there is not reads and writes none
+  const int* counts;  // [batch]: tokens in front of the pads
+  float *query, *key;  // [batch, seq, key_heads, key_dim]
+  float* value;        // [batch, seq, heads, value_dim]
 
   long channels() const { return 2 * key_heads * key_dim + heads * value_dim; }
   long width() const { return channels() * size_of(type); }
-  // the i-th input of a row, from the oldest carried one on
+  bool held(long b) const { return slot[b] >= 0 && slot[b] < slots; }
+  // the i-th input of a row, from the oldest carried one on; nullptr for one that is zero
   const char* input(long b, long i) const {
     long before = taps - 1;
-    return i < before ? carried + (b * before + i) * width() : x + (b * seq + i - before) * width();
+    if (i >= before) return x + (b * seq + i - before) * width();
+    return held(b) ? carried + (slot[b] * before + i) * width() : nullptr;
   }
 };
 
@@ -42,6 +44,7 @@ inline void conv_channels(const ConvArguments& a, const char* const* inputs, lon
   for (long t = 0; t < tokens; t++) {
     Floats sum = {};
     for (long tap = 0; tap < a.taps; tap++) {
+      if (!inputs[t + tap]) continue;
       const float* weight = a.weight + tap * a.channels() + place;
       sum += padded(inputs[t + tap] + place * size_of(TYPE), TYPE) * padded((const char*)weight, Type::F32);
     }
@@ -93,7 +96,8 @@ inline void conv_heads(Pool& pool, const ConvArguments& a) {
                 a.value + row * values + h * a.value_dim, values);
   };
   pool.run(a.batch * blocks * parts, work, a.batch * a.seq * a.width() < 32768);
+  // oldest first: an input moves to a place that has been read
   for (long b = 0; b < a.batch; b++)
-    for (long i = 0; i < a.taps - 1; i++)
-      memcpy(a.new_carried + (b * (a.taps - 1) + i) * a.width(), a.input(b, a.counts[b] + i), a.width());
+    for (long i = 0; a.held(b) && a.counts[b] && i < a.taps - 1; i++)
+      memcpy(a.carried + (a.slot[b] * (a.taps - 1) + i) * a.width(), a.input(b, a.counts[b] + i), a.width());
 }

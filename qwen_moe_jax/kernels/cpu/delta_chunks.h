@@ -5,12 +5,13 @@
 #include "pool.h"
 
 struct DeltaChunksArguments {
-  long batch, seq, heads, key_heads, key_dim, value_dim;
+  long batch, seq, slots, heads, key_heads, key_dim, value_dim;
   const float *query, *key;  // [batch, seq, key_heads, key_dim]
   const float* value;        // [batch, seq, heads, value_dim]
   const float *g, *beta;     // [batch, seq, heads]
-  const float* state;        // [batch, heads, key_dim, value_dim]
-  float *out, *new_state;    // as value; as state, and may be its memory
+  float* state;              // [slots, heads, key_dim, value_dim], changed where it lies
+  const int* slot;           // [batch]: the slot of each row; a row whose slot there is not changes nothing
+  float* out;                // as value
 };
 
 constexpr long CHUNK = 64;
@@ -116,12 +117,19 @@ inline void copy_rows(const float* from, long stride, long rows, long count, flo
 inline void delta_chunks(Pool& pool, const DeltaChunksArguments& a) {
   pool.run(a.batch * a.heads, [&](long task) {
     long b = task / a.heads, h = task % a.heads, key_head = h / (a.heads / a.key_heads);
+    long slot = a.slot[b], key_stride = a.key_heads * a.key_dim, value_stride = a.heads * a.value_dim;
+    if (slot < 0 || slot >= a.slots) {
+      for (long s = 0; s < a.seq; s++) {
+        float* out = a.out + (b * a.seq + s) * value_stride + h * a.value_dim;
+        std::fill(out, out + a.value_dim, 0.f);
+      }
+      return;
+    }
     long keys = round_up(a.key_dim, FMA_ROWS), values = round_up(a.value_dim, LANES);
     Workspace memory(4 * DeltaHead::floats(keys, values));
     DeltaHead head(keys, values, memory.as<float>());
-    long size = a.key_dim * a.value_dim;
-    copy_rows(a.state + task * size, a.value_dim, a.key_dim, a.value_dim, head.state, values, keys);
-    long key_stride = a.key_heads * a.key_dim, value_stride = a.heads * a.value_dim;
+    float* state = a.state + (slot * a.heads + h) * a.key_dim * a.value_dim;
+    copy_rows(state, a.value_dim, a.key_dim, a.value_dim, head.state, values, keys);
     for (long first = 0; first < a.seq; first += CHUNK) {
       long count = std::min(CHUNK, a.seq - first), row = b * a.seq + first;
       long place = row * key_stride + key_head * a.key_dim, own = row * value_stride + h * a.value_dim;
@@ -137,6 +145,6 @@ inline void delta_chunks(Pool& pool, const DeltaChunksArguments& a) {
         memcpy(a.out + own + i * value_stride, head.out + i * values, 4 * a.value_dim);
     }
     for (long d = 0; d < a.key_dim; d++)
-      memcpy(a.new_state + task * size + d * a.value_dim, head.state + d * values, 4 * a.value_dim);
+      memcpy(state + d * a.value_dim, head.state + d * values, 4 * a.value_dim);
   });
 }

@@ -25,6 +25,7 @@ EXPORTED XLA_FFI_Error* qwen_moe_jax_conv(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_step(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_chunks(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_reserve(XLA_FFI_CallFrame*);
 
 // Whether this library may run here; asks the kernel for the tile registers where it uses them.
 EXPORTED int qwen_moe_jax_ready() {
@@ -179,9 +180,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
 
 using Float32s = ffi::Buffer<ffi::F32>;
 
+// A pool changes where it lies: XLA lets the result share its memory with the argument, as it is told to.
+template <class Buffer>
+static void keep_pool(const Buffer& before, Buffer& after) {
+  if (after.untyped_data() != before.untyped_data())
+    memcpy(after.untyped_data(), before.untyped_data(), before.size_bytes());
+}
+
 static ffi::Error Conv(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32s weight, ffi::AnyBuffer carried,
-                       ffi::Buffer<ffi::S32> counts, ffi::Result<Float32s> query, ffi::Result<Float32s> key,
-                       ffi::Result<Float32s> value, ffi::Result<ffi::AnyBuffer> new_carried) {
+                       ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> counts, ffi::Result<Float32s> query,
+                       ffi::Result<Float32s> key, ffi::Result<Float32s> value,
+                       ffi::Result<ffi::AnyBuffer> new_carried) {
   Type type;
   if (!type_of(x, type) || type == Type::F8 || carried.element_type() != x.element_type())
     return wrong("conv: inputs are float32 or bfloat16");
@@ -191,11 +200,16 @@ static ffi::Error Conv(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32s weigh
     return wrong("conv: shapes");
   for (int count : ffi::Span<const int>(counts.typed_data(), counts.element_count()))
     if (count < 0 || count > keys[1]) return wrong("conv: a row has as many tokens as it is long at most");
+  auto pool_of = carried.dimensions();
+  if (pool_of.size() != 3 || pool_of[1] != taps[0] - 1 || pool_of[2] != taps[1] ||
+      slots.element_count() != (size_t)keys[0])
+    return wrong("conv: carried inputs");
+  keep_pool(carried, *new_carried);
   Pool pool(threads);
-  conv_heads(pool, {keys[0], keys[1], keys[2], values[2], keys[3], values[3], taps[0], type,
-                    (const char*)x.untyped_data(), weight.typed_data(), (const char*)carried.untyped_data(),
-                    counts.typed_data(), query->typed_data(), key->typed_data(), value->typed_data(),
-                    (char*)new_carried->untyped_data()});
+  conv_heads(pool, {keys[0], keys[1], keys[2], values[2], keys[3], values[3], taps[0], pool_of[0], type,
+                    (const char*)x.untyped_data(), weight.typed_data(), (char*)new_carried->untyped_data(),
+                    slots.typed_data(), counts.typed_data(), query->typed_data(), key->typed_data(),
+                    value->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -206,12 +220,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_conv, Conv,
                                   .Arg<Float32s>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<Float32s>()
                                   .Ret<Float32s>()
                                   .Ret<Float32s>()
                                   .Ret<ffi::AnyBuffer>());
 
-// Query, key, value, g, beta and state -> output and the state after it.
+// Query, key, value, g, beta, the pool of states and a slot a row -> output and the pool after it.
 static auto recurrence() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -221,43 +236,49 @@ static auto recurrence() {
       .Arg<Float32s>()
       .Arg<Float32s>()
       .Arg<Float32s>()
+      .Arg<ffi::Buffer<ffi::S32>>()
       .Ret<Float32s>()
       .Ret<Float32s>();
 }
 
 static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value, Float32s g,
-                            Float32s beta, Float32s state, ffi::Result<Float32s> out,
-                            ffi::Result<Float32s> new_state) {
-  auto shape = state.dimensions();
-  if (shape.size() != 4 || key.dimensions().size() != 3 || shape[1] % key.dimensions()[1])
+                            Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
+                            ffi::Result<Float32s> out, ffi::Result<Float32s> new_state) {
+  auto shape = state.dimensions(), keys = key.dimensions();
+  if (shape.size() != 4 || keys.size() != 3 || shape[1] % keys[1] || slots.element_count() != (size_t)keys[0])
     return wrong("delta_step: shapes");
+  keep_pool(state, *new_state);
   Pool pool(threads);
-  delta_step(pool, {shape[0], shape[1], key.dimensions()[1], shape[2], shape[3], state.typed_data(),
-                    query.typed_data(), key.typed_data(), value.typed_data(), g.typed_data(),
-                    beta.typed_data(), out->typed_data(), new_state->typed_data()});
+  delta_step(pool, {keys[0], shape[0], shape[1], keys[1], shape[2], shape[3], new_state->typed_data(),
+                    slots.typed_data(), query.typed_data(), key.typed_data(), value.typed_data(),
+                    g.typed_data(), beta.typed_data(), out->typed_data()});
   return ffi::Error::Success();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep, recurrence());
 
 static ffi::Error DeltaChunks(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value,
-                              Float32s g, Float32s beta, Float32s state, ffi::Result<Float32s> out,
-                              ffi::Result<Float32s> new_state) {
-  auto keys = key.dimensions(), values = value.dimensions();
-  if (keys.size() != 4 || values.size() != 4 || values[2] % keys[2]) return wrong("delta_chunks: shapes");
+                              Float32s g, Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
+                              ffi::Result<Float32s> out, ffi::Result<Float32s> new_state) {
+  auto keys = key.dimensions(), values = value.dimensions(), shape = state.dimensions();
+  if (keys.size() != 4 || values.size() != 4 || values[2] % keys[2] || shape.size() != 4 ||
+      slots.element_count() != (size_t)keys[0])
+    return wrong("delta_chunks: shapes");
+  keep_pool(state, *new_state);
   Pool pool(threads);
-  delta_chunks(pool, {values[0], values[1], values[2], keys[2], keys[3], values[3], query.typed_data(),
-                      key.typed_data(), value.typed_data(), g.typed_data(), beta.typed_data(),
-                      state.typed_data(), out->typed_data(), new_state->typed_data()});
+  delta_chunks(pool, {values[0], values[1], shape[0], values[2], keys[2], keys[3], values[3],
+                      query.typed_data(), key.typed_data(), value.typed_data(), g.typed_data(),
+                      beta.typed_data(), new_state->typed_data(), slots.typed_data(), out->typed_data()});
   return ffi::Error::Success();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_chunks, DeltaChunks, recurrence());
 
 static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::AnyBuffer key,
-                         ffi::AnyBuffer value, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
-                         ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out,
-                         ffi::Result<ffi::AnyBuffer> new_k, ffi::Result<ffi::AnyBuffer> new_v) {
+                         ffi::AnyBuffer value, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> places,
+                         ffi::Buffer<ffi::S32> tables, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_k,
+                         ffi::Result<ffi::AnyBuffer> new_v) {
   Attention a;
   auto shape = query.dimensions(), cache = k.dimensions();
   Type key_type, value_type;
@@ -266,20 +287,24 @@ static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::Any
   if (!type_of(key, key_type) || !type_of(value, value_type) || key_type != a.type || value_type != a.type ||
       v.element_type() != k.element_type())
     return wrong("attention: keys and values are of the queries' dtype, and both caches of one");
-  if (shape.size() != 4 || cache.size() != 4 || shape[2] % cache[2] || shape[3] != cache[3])
+  auto table = tables.dimensions();
+  if (shape.size() != 4 || cache.size() != 4 || shape[2] % cache[2] || shape[3] != cache[3] ||
+      table.size() != 2 || table[0] != shape[0])
     return wrong("attention: shapes");
+  if (cache[1] % PANEL) return wrong("attention: a page holds a multiple of 32 tokens");
   if (shape[2] / cache[2] > QUERIES) return wrong("attention: more query heads a key head than a task takes");
   a.batch = shape[0], a.seq = shape[1], a.heads = shape[2], a.dim = shape[3];
-  a.capacity = cache[1], a.kv_heads = cache[2];
+  a.pages = cache[0], a.page = cache[1], a.kv_heads = cache[2], a.width = table[1];
   a.query = (const char*)query.untyped_data();
   a.positions = positions.typed_data();
+  a.tables = tables.typed_data();
+  a.count_pages();
   a.out = (char*)out->untyped_data();
   a.k = (char*)new_k->untyped_data();
   a.v = (char*)new_v->untyped_data();
-  // XLA lets both share their memory with the arguments, as it is told to
-  if (a.k != k.untyped_data()) memcpy(a.k, k.untyped_data(), k.size_bytes());
-  if (a.v != v.untyped_data()) memcpy(a.v, v.untyped_data(), v.size_bytes());
-  append_keys(a, (const char*)key.untyped_data(), (const char*)value.untyped_data(), slots.typed_data());
+  keep_pool(k, *new_k);
+  keep_pool(v, *new_v);
+  append_keys(a, (const char*)key.untyped_data(), (const char*)value.untyped_data(), places.typed_data());
   Pool pool(threads);
   attend(pool, a);
   return ffi::Error::Success();
@@ -293,8 +318,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_attention, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+// Memory that is not written: the machine hands out a large array's as it is touched.
+static ffi::Error Reserve(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_reserve, Reserve, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
