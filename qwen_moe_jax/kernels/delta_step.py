@@ -23,6 +23,7 @@ _COLUMNS = 32  # of the state a program: 128 rows of them are 16 KiB of register
 
 def delta_step(
     state: jax.Array,
+    slots: jax.Array,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -34,7 +35,10 @@ def delta_step(
     """One token a row.
 
     Args:
-        state: float32 [batch, heads, Dk, Dv].
+        state: float32 [slots, heads, Dk, Dv], whose memory the new one takes over.
+        slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and its
+        output
+            means nothing. No two rows have the same.
         query, key: float32 [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
         value: [batch, heads, Dv].
         g: float32 [batch, heads], log decay.
@@ -42,42 +46,49 @@ def delta_step(
         interpret: as of `launch`.
 
     Returns:
-        (output float32 [batch, heads, Dv], new state).
+        (output float32 [batch, heads, Dv], the states of all slots).
     """
-    batch, heads, key_dim, value_dim = state.shape
+    heads, key_dim, value_dim = state.shape[1:]
+    batch, changed = slots.shape[0], slots.shape[0] * heads * key_dim * value_dim
     width = min(_COLUMNS, 1 << (value_dim - 1).bit_length())
     length = 1 << (key_dim - 1).bit_length()
     output, state = launch(
         partial(_kernel, ratio=heads // key.shape[1], width=width, length=length),
-        [state, query, key, value.astype(jnp.float32), g, beta],
+        [state, slots, query, key, value.astype(jnp.float32), g, beta],
         [jax.ShapeDtypeStruct(value.shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
         grid=(pl.cdiv(value_dim, width), heads, batch),
         name="delta_step",
         cost=KernelCost(
-            flops=7.0 * state.size,
-            bytes=4.0 * (2 * state.size + query.size + key.size + 2 * value.size + g.size + beta.size),
+            flops=7.0 * changed,
+            bytes=4.0 * (2 * changed + query.size + key.size + 2 * value.size + g.size + beta.size),
         ),
         schedule=Schedule(warps=4, stages=1),
         interpret=interpret,
-        # the step before's state is not needed again
+        # the states of before are not needed again
         aliases={0: 1},
     )
     return output, state
 
 
-def _kernel(state_ref, q_ref, k_ref, v_ref, g_ref, beta_ref, out_ref, new_ref, *, ratio, width, length):
+def _kernel(
+    state_ref, slot_ref, q_ref, k_ref, v_ref, g_ref, beta_ref, out_ref, new_ref, *, ratio, width, length
+):
     column, head, row = pl.program_id(0) * width, pl.program_id(1), pl.program_id(2)
-    key_dim, value_dim = state_ref.shape[2:]
+    entries, _, key_dim, value_dim = state_ref.shape
+    given = slot_ref[row]
+    slot = jnp.clip(given, 0, entries - 1)
+    held = (given >= 0) & (given < entries)
     down, across = jnp.arange(length) < key_dim, column + jnp.arange(width) < value_dim
     mask = down[:, None] & across[None, :]
     lines, columns = pl.ds(0, length), pl.ds(column, width)
     key = plt.load(k_ref.at[row, head // ratio, lines], mask=down, other=0)
     query = plt.load(q_ref.at[row, head // ratio, lines], mask=down, other=0)
     value = plt.load(v_ref.at[row, head, columns], mask=across, other=0)
-    state = plt.load(state_ref.at[row, head, lines, columns], mask=mask, other=0)
+    mine = mask & held
+    state = plt.load(state_ref.at[slot, head, lines, columns], mask=mine, other=0)
     state = state * jnp.exp(g_ref[row, head])
     recalled = jnp.sum(state * key[:, None], axis=0)
     correction = (value - recalled) * beta_ref[row, head]
     state = state + key[:, None] * correction[None, :]
-    plt.store(new_ref.at[row, head, lines, columns], state, mask=mask)
+    plt.store(new_ref.at[slot, head, lines, columns], state, mask=mine)
     plt.store(out_ref.at[row, head, columns], jnp.sum(state * query[:, None], axis=0), mask=across)

@@ -1,10 +1,11 @@
-"""Causal attention over a key/value cache in one pass of it (Pallas, lowered by Triton).
+"""Causal attention over keys and values in pages, in one pass of them (Pallas, lowered by Triton).
 
 Online softmax (Milakov & Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135): scores exist for a
 tile of queries and a block of keys at a time, in registers. The query heads of a group are rows of one tile,
 so that grouped heads share each key and value as it is read and are never repeated in memory. With few
-queries (decode) the keys are cut into `splits` that different programs read, whose results are joined
-afterwards (Flash-Decoding, Dao et al. 2023).
+queries (decode) each row's own keys are cut into `splits` that different programs read, whose results are
+joined afterwards (Flash-Decoding, Dao et al. 2023). A row's keys lie where its block table says
+(PagedAttention, Kwon et al., arXiv:2309.06180); a block of keys lies inside one page.
 """
 
 from functools import partial
@@ -22,7 +23,14 @@ _NOTHING = float(jnp.finfo(jnp.float32).min)  # a maximum before any score; fini
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, *, interpret: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    tables: jax.Array,
+    *,
+    interpret: bool,
+    expected_keys: int | None = None,
 ) -> jax.Array:
     """`flash_attention` with the sizes that suit the shapes.
 
@@ -31,7 +39,8 @@ def attend(
     hundred programs are enough.
     """
     batch, seq, heads, _ = query.shape
-    capacity, kv_heads = key.shape[1:3]
+    page, kv_heads = key.shape[1:3]
+    capacity = page * tables.shape[1]
     rows = seq * heads // kv_heads
     tile = 16 if rows <= 16 else 64
     programs = batch * kv_heads * -(-rows // tile)
@@ -43,11 +52,13 @@ def attend(
         key,
         value,
         positions,
+        tables,
         tile=tile,
-        block=32,
+        block=min(32, page),
         splits=splits,
         schedule=Schedule(warps=4, stages=2 if tile == 16 else 1),
         interpret=interpret,
+        expected_keys=expected_keys,
     )
 
 
@@ -56,47 +67,58 @@ def flash_attention(
     key: jax.Array,
     value: jax.Array,
     positions: jax.Array,
+    tables: jax.Array,
     *,
     tile: int,
     block: int,
     splits: int,
     schedule: Schedule,
     interpret: bool,
+    expected_keys: int | None = None,
 ) -> jax.Array:
-    """Softmax attention of queries over slots 0 .. position.
+    """Softmax attention of queries over their rows' positions 0 .. position.
 
     Args:
         query: [batch, seq, heads, head_dim].
-        key, value: [batch, capacity, kv_heads, head_dim], query.dtype; query head h reads kv head
+        key, value: [pages, page length, kv_heads, head_dim], query.dtype; query head h reads kv head
             h // (heads / kv_heads).
-        positions: int32 [batch, seq].
+        positions: int32 [batch, seq]; a query at -1 sees nothing, and its result means nothing.
+        tables: int32 [batch, width], the pages of each row, as many as its positions need.
         tile: rows (queries times heads of a group) a program, a power of two, at most.
-        block: keys a step, a power of two, 16 or more.
-        splits: parts that the keys are cut into.
+        block: keys a step, a power of two, 16 or more, that divides the page length.
+        splits: parts that a row's keys are cut into.
         schedule: for Triton.
         interpret: as of `launch`.
+        expected_keys: that a row is taken to have where the cost is written down; None for all that its table
+            has room for.
 
     Returns:
         [batch, seq, heads, head_dim] in query.dtype; products accumulate and the softmax runs in float32.
     """
     batch, seq, heads, dim = query.shape
-    capacity, kv_heads = key.shape[1:3]
+    page, kv_heads = key.shape[1:3]
+    if page % block:
+        raise ValueError(f"blocks of {block} keys do not divide pages of {page}")
     group = heads // kv_heads
     rows = group * seq
     tile = min(tile, up_to_power(rows))
     # rows of a kv head: the heads of its group, and for each the queries
     grouped = query.reshape(batch, seq, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch * kv_heads, rows, dim)
-    # whole blocks a split
-    span = -(-capacity // (splits * block)) * block
     partial_shape = (batch * kv_heads, splits, rows)
     tiles = pl.cdiv(rows, tile)
-    seen = batch * kv_heads * tiles * capacity
+    seen = batch * kv_heads * tiles * (expected_keys or page * tables.shape[1])
     output, top, total = launch(
         partial(
-            _kernel, tile=tile, block=block, span=span, seq=seq, kv_heads=kv_heads, width=up_to_power(dim)
+            _kernel,
+            tile=tile,
+            block=block,
+            splits=splits,
+            seq=seq,
+            kv_heads=kv_heads,
+            width=up_to_power(dim),
         ),
-        [grouped, key, value, positions],
+        [grouped, key, value, positions, tables],
         [
             jax.ShapeDtypeStruct((*partial_shape, dim), jnp.float32),
             jax.ShapeDtypeStruct(partial_shape, jnp.float32),
@@ -120,12 +142,26 @@ def flash_attention(
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, p_ref, out_ref, top_ref, total_ref, *, tile, block, span, seq, kv_heads, width
+    q_ref,
+    k_ref,
+    v_ref,
+    p_ref,
+    t_ref,
+    out_ref,
+    top_ref,
+    total_ref,
+    *,
+    tile,
+    block,
+    splits,
+    seq,
+    kv_heads,
+    width,
 ):
     number, split, pair = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row, head = pair // kv_heads, pair % kv_heads
     rows, dim = q_ref.shape[1:]
-    capacity = k_ref.shape[1]
+    pages, page = k_ref.shape[:2]
     mine = number * tile + jnp.arange(tile)
     held = mine < rows
     across = jnp.arange(width) < dim if width > dim else None
@@ -137,22 +173,28 @@ def _kernel(
     query = plt.load(q_ref.at[pair, pl.ds(number * tile, tile), columns], mask=mask(held), other=0)
     # row r of a group is its head r // seq at query r % seq
     positions = plt.load(p_ref.at[*jnp.broadcast_arrays(row, mine % seq)], mask=held, other=-1)
+    seen = jnp.max(positions) + 1
+    # whole blocks a split, of this row's own keys
+    span = (seen + splits * block - 1) // (splits * block) * block
     first = split * span
-    stop = jnp.minimum(jnp.minimum(first + span, capacity), jnp.max(positions) + 1)
+    stop = jnp.minimum(first + span, seen)
 
     def one_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, output = carry
         start = first + index * block
         slots = start + jnp.arange(block)
-        inside = mask(slots < capacity)
-        keys = plt.load(k_ref.at[row, pl.ds(start, block), head, columns], mask=inside, other=0)
+        # what lies behind the row's last token may be anything
+        inside = mask(slots < seen)
+        here = jnp.clip(t_ref[row, start // page], 0, pages - 1)
+        places = pl.ds(start % page, block)
+        keys = plt.load(k_ref.at[here, places, head, columns], mask=inside, other=0)
         scores = plt.dot(query, keys, trans_b=True) * (dim**-0.5)
         visible = slots[None, :] <= positions[:, None]
         scores = jnp.where(visible, scores, _NOTHING)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[:, None]), 0)
         correction = jnp.exp(top - new_top)
-        values = plt.load(v_ref.at[row, pl.ds(start, block), head, columns], mask=inside, other=0)
+        values = plt.load(v_ref.at[here, places, head, columns], mask=inside, other=0)
         mixed = plt.dot(weights.astype(values.dtype), values)
         total = total * correction + jnp.sum(weights, axis=1)
         return new_top, total, output * correction[:, None] + mixed

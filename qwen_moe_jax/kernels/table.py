@@ -133,12 +133,16 @@ class Kernels:
         interpret: Pallas kernels are evaluated by XLA instead of compiled: slow, for tests on any target.
         native: which variant of the C++ kernels is loaded (`cpu/build.py`), None for none: then the table's
             lines for them do not apply.
+        expected_keys: that a row is taken to have where attention's cost is written into the program; None
+        for
+            as many as its pages may hold. It changes nothing else.
     """
 
     target: str
     chosen: tuple[tuple[str, str], ...] = ()
     interpret: bool = False
     native: str | None = None
+    expected_keys: int | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

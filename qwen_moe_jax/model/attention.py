@@ -187,7 +187,15 @@ class GatedAttention(nnx.Module):
         else:
             cache = append_keys(cache, key, value, places, tables)
             if chosen == "flash":
-                mixed = attend(query, cache.k, cache.v, positions, tables, interpret=self.kernels.interpret)
+                mixed = attend(
+                    query,
+                    cache.k,
+                    cache.v,
+                    positions,
+                    tables,
+                    interpret=self.kernels.interpret,
+                    expected_keys=self.kernels.expected_keys,
+                )
             else:
                 mixed = blockwise_attention(query, cache.k, cache.v, positions, tables)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)

@@ -37,16 +37,35 @@ def test_the_kernel_equals_the_plain_step(shape):
         name: np.repeat(x, heads // key_heads, axis=1) if name in ("query", "key") else x
         for name, x in given.items()
     }
-    wanted = delta_rule_step(**{name: jnp.asarray(x) for name, x in repeated.items()})
-    found = delta_step(**{name: jnp.asarray(x) for name, x in given.items()}, interpret=True)
-    for ours, theirs in zip(found, wanted, strict=True):
+    wanted, after = delta_rule_step(**{name: jnp.asarray(x) for name, x in repeated.items()})
+    # the rows' states in some slots of a larger pool, whose other entries stay as they are
+    rng, batch = np.random.default_rng(shape), shape[0]
+    slots = rng.permutation(batch + 3)[:batch].astype(np.int32)
+    pool = rng.normal(size=(batch + 3, *given["state"].shape[1:])).astype(np.float32)
+    untouched = pool.copy()
+    pool[slots] = given.pop("state")
+    output, states = delta_step(jnp.asarray(pool), jnp.asarray(slots), **given, interpret=True)
+    for ours, theirs in ((output, wanted), (np.asarray(states)[slots], after)):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+    others = np.setdiff1d(np.arange(batch + 3), slots)
+    np.testing.assert_array_equal(np.asarray(states)[others], untouched[others])
 
 
 def test_a_pad_leaves_the_state_as_it_is_bit_for_bit():
     given = draw(2, 4, 2, 32, 32)
     for name in ("g", "beta", "key", "value"):
         given[name] = np.zeros_like(given[name])
-    _, state = delta_step(**{name: jnp.asarray(x) for name, x in given.items()}, interpret=True)
-    np.testing.assert_array_equal(state, given["state"])
+    state = given.pop("state")
+    _, after = delta_step(jnp.asarray(state), jnp.arange(2, dtype=jnp.int32), **given, interpret=True)
+    np.testing.assert_array_equal(after, state)
+
+
+@pytest.mark.parametrize("none", [2, 7, -1])
+def test_a_row_without_a_slot_changes_nothing(none):
+    given = draw(2, 4, 2, 32, 32)
+    state = given.pop("state")
+    slots = jnp.asarray([none, 1], jnp.int32)
+    _, after = delta_step(jnp.asarray(state), slots, **given, interpret=True)
+    np.testing.assert_array_equal(after[0], state[0])
+    assert np.abs(np.asarray(after[1]) - state[1]).max() > 0

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.paging import in_pages
 
 from qwen_moe_jax.kernels.flash_attention import attend, flash_attention
 from qwen_moe_jax.kernels.launch import Schedule
@@ -33,22 +34,36 @@ def attention_float64(query, key, value, positions) -> np.ndarray:
     return np.einsum("bhst,bthd->bshd", weights / weights.sum(axis=-1, keepdims=True), value)
 
 
+PAGES = (16, 64)
+
+
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "tile", "block", "splits"),
     [
         ((3, 1, 4, 2, 32, 70), 16, 16, 1),
         ((3, 1, 4, 2, 32, 70), 16, 16, 3),
-        ((1, 1, 32, 2, 256, 64), 16, 32, 4),  # more splits than blocks
+        ((1, 1, 32, 2, 256, 64), 16, 16, 9),  # more splits than blocks
         ((2, 5, 6, 2, 24, 100), 16, 16, 2),  # a width that is no power of two
-        ((1, 40, 4, 1, 64, 130), 64, 32, 1),  # several tiles, a last block that is not full
+        ((1, 40, 4, 1, 64, 130), 64, 16, 2),  # several tiles, a last block that is not full
         ((2, 1, 3, 3, 16, 1), 16, 16, 1),  # a cache of one slot
     ],
 )
-def test_the_kernel_equals_attention(shape, tile, block, splits, dtype):
-    given = draw(*shape, dtype)
+def test_the_kernel_equals_attention(shape, tile, block, splits, dtype, page):
+    query, key, value, positions = given = draw(*shape, dtype)
+    # pages in any order, with NaN behind each row's last token and in all other pages
+    paged = in_pages(key, value, page, positions.max(axis=1) + 1)
     found = flash_attention(
-        *given, tile=tile, block=block, splits=splits, schedule=Schedule(), interpret=True
+        query,
+        *paged.pools,
+        positions,
+        paged.tables,
+        tile=tile,
+        block=block,
+        splits=splits,
+        schedule=Schedule(),
+        interpret=True,
     )
     wanted = attention_float64(*given)
     tolerance = FLOAT32_TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE
@@ -60,22 +75,48 @@ def test_the_kernel_equals_attention(shape, tile, block, splits, dtype):
 
 @pytest.mark.parametrize(("seq", "capacity"), [(1, 2048), (3, 64), (20, 96)])
 def test_the_sizes_chosen_for_shapes_change_nothing(seq, capacity):
-    given = draw(2, seq, 4, 2, 32, capacity, "float32")
-    found = jax.jit(lambda *given: attend(*given, interpret=True))(*given)
+    query, key, value, positions = given = draw(2, seq, 4, 2, 32, capacity, "float32")
+    paged = in_pages(key, value, 64, positions.max(axis=1) + 1)
+    attention = jax.jit(lambda *given: attend(*given, interpret=True))
+    found = attention(query, *paged.pools, positions, paged.tables)
     wanted = attention_float64(*given)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT32_TOLERANCE * np.abs(wanted).max())
 
 
-def test_slots_behind_a_query_are_not_seen_even_if_they_hold_nan():
-    query, key, value, _ = draw(2, 1, 4, 2, 32, 100, "float32")
-    positions = jnp.asarray([[17], [63]], jnp.int32)
-    hidden = np.arange(100)[None, :] > np.asarray(positions)
-    dirty = [jnp.where(hidden[..., None, None], jnp.nan, x) for x in (key, value)]
-    clean = [jnp.where(hidden[..., None, None], 0, x) for x in (key, value)]
-    # what a block holds of unseen slots meets weights of zero, so only numbers may lie there: caches begin as
-    # zeros and are written with numbers alone; blocks that no query sees are not read at all
-    options = {"tile": 16, "block": 16, "splits": 2, "schedule": Schedule(), "interpret": True}
-    wanted = flash_attention(query, *clean, positions, **options)
-    beyond = hidden & (np.arange(100)[None, :] >= (np.asarray(positions) // 16 + 1) * 16)
-    dirty = [jnp.where(beyond[..., None, None], d, c) for d, c in zip(dirty, clean, strict=True)]
-    np.testing.assert_array_equal(flash_attention(query, *dirty, positions, **options), wanted)
+def test_rows_that_share_pages_see_the_same_keys_each_to_its_own_end():
+    query, key, value, _ = draw(1, 1, 4, 2, 32, 100, "float32")
+    paged = in_pages(key, value, 16, [100])
+    rows, ends = 3, np.asarray([[99], [17], [64]], np.int32)
+    found = flash_attention(
+        jnp.repeat(query, rows, axis=0),
+        *paged.pools,
+        jnp.asarray(ends),
+        jnp.repeat(paged.tables, rows, axis=0),
+        tile=16,
+        block=16,
+        splits=4,
+        schedule=Schedule(),
+        interpret=True,
+    )
+    for row, end in enumerate(ends):
+        wanted = attention_float64(query, key, value, end[None])
+        np.testing.assert_allclose(
+            found[row], wanted[0], rtol=0, atol=FLOAT32_TOLERANCE * np.abs(wanted).max()
+        )
+
+
+def test_blocks_that_do_not_divide_a_page_are_refused():
+    query, key, value, positions = draw(1, 1, 4, 2, 32, 64, "float32")
+    paged = in_pages(key, value, 16, [64])
+    with pytest.raises(ValueError, match="blocks of 32 keys do not divide pages of 16"):
+        flash_attention(
+            query,
+            *paged.pools,
+            positions,
+            paged.tables,
+            tile=16,
+            block=32,
+            splits=1,
+            schedule=Schedule(),
+            interpret=True,
+        )

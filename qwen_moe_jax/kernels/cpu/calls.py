@@ -98,7 +98,8 @@ def native_conv(
     Args:
         x, weight, counts, key_dim, heads, value_dim: as of `conv_heads`.
         carried: [slots, kernel - 1, channels] of x.dtype, whose memory the new one takes over.
-        slots: int32 [batch], the entry of each row; a row whose entry there is not reads zeros and writes none.
+        slots: int32 [batch], the entry of each row; a row whose entry there is not reads zeros and writes
+        none.
         variant: of the library.
 
     Returns:
@@ -128,7 +129,8 @@ def native_delta_step(
 
     Args:
         state: [slots, heads, Dk, Dv], whose memory the new one takes over.
-        slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and gets zeros.
+        slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and gets
+        zeros.
         query, key: [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
         value: [batch, heads, Dv].
         g, beta: [batch, heads].
@@ -171,7 +173,8 @@ def native_attention(
         query: [batch, seq, heads, head_dim], float32 or bfloat16.
         key, value: [batch, seq, kv_heads, head_dim], of query's dtype.
         positions: int32 [batch, seq]; a query sees its row's positions 0 .. position.
-        places: int32 [batch, seq], positions that the new ones get; one that its row has no page for drops its
+        places: int32 [batch, seq], positions that the new ones get; one that its row has no page for drops
+        its
             token.
         tables: int32 [batch, width], the pages of each row; the first id that no page has ends it.
         cache: float32 or bfloat16, pages of a multiple of 32 tokens, whose memory the new one takes over.
