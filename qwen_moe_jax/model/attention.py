@@ -38,7 +38,7 @@ def blockwise_attention(
         query: [batch, seq, heads, head_dim], compute dtype.
         key, value: [pages, page length, kv_heads, head_dim]; query head h reads kv head
             h // (heads / kv_heads).
-        positions: int32 [batch, seq]; a query sees its row's positions 0 .. position.
+        positions: int32 [batch, seq]; a query sees its row's positions 0 .. position, at -1 none.
         tables: int32 [batch, width], the pages of each row.
         block: keys a step, rounded to whole pages. Blocks behind the largest position are not touched.
 
@@ -90,7 +90,6 @@ def blockwise_attention(
         )
         return new_top, total, output * correction + mixed
 
-    # Every query sees position 0, so after the first block the running maximum is finite.
     start = tuple(
         vary_like(x, query, key, value, positions, tables)
         for x in (
@@ -101,7 +100,7 @@ def blockwise_attention(
     )
     blocks = jnp.minimum(positions.max() // block + 1, -(-width // pages))
     _, total, output = lax.fori_loop(0, blocks, one_block, start)
-    output = (output / total).reshape(batch, kv_heads, heads // kv_heads, seq, dim)
+    output = (output / jnp.where(total > 0, total, 1)).reshape(batch, kv_heads, heads // kv_heads, seq, dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim).astype(query.dtype)
 
 
@@ -179,10 +178,13 @@ class GatedAttention(nnx.Module):
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
 
         places = jnp.where(valid, positions, tables.shape[1] * cache.k.shape[1])
+        # a pad sees what its row's last token does: nobody has written behind it
+        last = positions[:, :1] + valid.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
+        seen = jnp.minimum(positions, last)
         chosen = self.kernels.pick("attention", x.dtype.name, seq)
         if chosen == "native":
             mixed, cache = native_attention(
-                query, key, value, positions, places, tables, cache, self.kernels.variant
+                query, key, value, seen, places, tables, cache, self.kernels.variant
             )
         else:
             cache = append_keys(cache, key, value, places, tables)
@@ -191,12 +193,12 @@ class GatedAttention(nnx.Module):
                     query,
                     cache.k,
                     cache.v,
-                    positions,
+                    seen,
                     tables,
                     interpret=self.kernels.interpret,
                     expected_keys=self.kernels.expected_keys,
                 )
             else:
-                mixed = blockwise_attention(query, cache.k, cache.v, positions, tables)
+                mixed = blockwise_attention(query, cache.k, cache.v, seen, tables)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache

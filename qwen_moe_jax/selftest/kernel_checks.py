@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, widened
+from qwen_moe_jax.formats.cache import PAGE, pages_for
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, float8_matmul
@@ -234,10 +235,19 @@ def _attention_run(
         )
         start = rng.integers(0, capacity - seq + 1, (batch, 1))
         positions = (start + np.arange(seq)).astype(np.int32)
-        found = on_device(
-            lambda *given: flash_attention.attend(*given, interpret=interpret), query, key, value, positions
-        )
-        wanted = on_host(blockwise_attention, *(x.astype(np.float32) for x in (query, key, value)), positions)
+        # every row's keys in pages, which lie in any order
+        width = pages_for(capacity)
+        tables = rng.permutation(batch * width).reshape(batch, width).astype(np.int32)
+        pools = []
+        for x in (key, value):
+            pool = np.zeros((batch * width, PAGE, kv_heads, dim), x.dtype)
+            padded = np.pad(x, ((0, 0), (0, width * PAGE - capacity), (0, 0), (0, 0)))
+            pool[tables.ravel()] = padded.reshape(pool.shape)
+            pools.append(pool)
+        given = (query, *pools, positions, tables)
+        found = on_device(lambda *given: flash_attention.attend(*given, interpret=interpret), *given)
+        wide = (x.astype(np.float32) for x in (query, *pools))
+        wanted = on_host(blockwise_attention, *wide, positions, tables)
         return found, wanted, float(np.abs(wanted).max())
 
     return run
@@ -268,7 +278,12 @@ def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[An
             "g": -rng.exponential(size=(batch, heads)).astype(np.float32),
             "beta": rng.uniform(size=(batch, heads)).astype(np.float32),
         }
-        found = on_device(lambda given: delta_kernel.delta_step(**given, interpret=interpret), given)
+        slots = rng.permutation(batch).astype(np.int32)
+        stored = given | {"state": given["state"][np.argsort(slots)]}  # row r's state at slots[r]
+        output, after = on_device(
+            lambda given: delta_kernel.delta_step(slots=slots, **given, interpret=interpret), stored
+        )
+        found = (output, np.asarray(after)[slots])
         repeated = {
             name: np.repeat(x, heads // key_heads, axis=1) if name in ("query", "key") else x
             for name, x in given.items()

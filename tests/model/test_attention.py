@@ -4,12 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.paging import in_pages
 from support.rounding import to_numpy
 
 from qwen_moe_jax.formats.cache import KVCache
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
 
-attend = jax.jit(blockwise_attention, static_argnames="block")
+PAGE = 16
+_attend = jax.jit(blockwise_attention, static_argnames="block")
+
+
+def attend(query, key, value, positions, *, block: int) -> jax.Array:
+    """In pages of 16, in any order, with NaN wherever no query of a row sees."""
+    paged = in_pages(key, value, PAGE, positions.max(axis=1) + 1)
+    return _attend(query, *paged.pools, positions, paged.tables, block=block)
+
 
 # float32 scores of up to about 20 rounded once each, and sums of at most 130 weights.
 FLOAT32_TOLERANCE = 1e-5
@@ -92,37 +101,40 @@ def test_chunks_that_continue_a_cache_equal_one_pass() -> None:
     query, key, value, positions = draw((kv_heads, group, dim, capacity, seq, 0, 16), 5, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(seq), (2, seq)).astype(jnp.int32)
     whole = full_softmax(query, key, value, positions)
-    cache = KVCache(*(jnp.full(key.shape, jnp.nan) for _ in range(2)))
+    paged = in_pages(key, value, PAGE, [0, 0], room=seq)
+    cache = KVCache(*paged.pools)
     append = jax.jit(append_keys)
     for start in range(0, seq, 15):
         piece = slice(start, start + 15)
-        cache = append(cache, key[:, piece], value[:, piece], positions[:, piece])
-        # never written slots hold NaN here only to show that they were not written; a real cache has zeros
-        clean = [jnp.nan_to_num(x) for x in (cache.k, cache.v)]
-        ours = attend(query[:, piece], *clean, positions[:, piece], block=16)
+        cache = append(cache, key[:, piece], value[:, piece], positions[:, piece], paged.tables)
+        ours = _attend(query[:, piece], cache.k, cache.v, positions[:, piece], paged.tables, block=16)
         np.testing.assert_allclose(
             ours, whole[:, piece], rtol=0, atol=FLOAT32_TOLERANCE * np.abs(whole).max()
         )
-        assert np.isnan(cache.k[:, start + 15 :]).all()
+        for row in range(2):
+            assert np.isnan(paged.row(cache.k, row, seq)[start + 15 :]).all()
 
 
-def test_pads_are_dropped_and_every_row_writes_to_its_own_slots() -> None:
-    capacity = 6
+def test_pads_are_dropped_and_every_row_writes_to_its_own_pages() -> None:
+    pages, page = 7, 2
     rng = np.random.default_rng(0)
-    old = KVCache(*(jnp.asarray(rng.normal(size=(3, capacity, 2, 4)), jnp.float32) for _ in range(2)))
+    old = KVCache(*(jnp.asarray(rng.normal(size=(pages, page, 2, 4)), jnp.float32) for _ in range(2)))
     key, value = (jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32) for _ in range(2))
-    # row 0: three tokens; row 1: one token and two pads; row 2: pads only
-    slots = jnp.asarray([[2, 3, 4], [5, capacity, capacity], [capacity] * 3], jnp.int32)
-    new = jax.jit(append_keys)(old, key, value, slots)
+    tables = jnp.asarray([[4, 0, 6], [5, 3, pages], [1, 2, pages]], jnp.int32)
+    behind = 3 * page
+    # row 0: three tokens; row 1: one token, a pad, and one that its row has no page for; row 2: pads only
+    places = jnp.asarray([[1, 2, 3], [3, behind, 4], [behind] * 3], jnp.int32)
+    new = jax.jit(append_keys)(old, key, value, places, tables)
     for before, given, after in ((old.k, key, new.k), (old.v, value, new.v)):
         expected = np.array(before)
-        expected[0, 2:5], expected[1, 5] = given[0], given[1, 0]
+        expected[4, 1], expected[0, 0], expected[0, 1], expected[3, 1] = (*given[0], given[1, 0])
         np.testing.assert_array_equal(after, expected)
 
 
 def test_keys_are_held_in_the_caches_dtype() -> None:
     cache = KVCache(*(jnp.zeros((1, 4, 1, 2), jnp.float32) for _ in range(2)))
-    new = append_keys(cache, *(jnp.ones((1, 1, 1, 2), jnp.bfloat16),) * 2, jnp.zeros((1, 1), jnp.int32))
+    place = jnp.zeros((1, 1), jnp.int32)
+    new = append_keys(cache, *(jnp.ones((1, 1, 1, 2), jnp.bfloat16),) * 2, place, place)
     assert new.k.dtype == new.v.dtype == jnp.float32
 
 
@@ -130,8 +142,9 @@ def test_no_score_matrix_exists_for_32k_keys() -> None:
     """Compiled, not run: temporaries against what all scores of one 512-token chunk would take."""
     batch, seq, heads, kv_heads, dim, capacity = 1, 512, 16, 2, 256, 32768
     queries = jax.ShapeDtypeStruct((batch, seq, heads, dim), jnp.float32)
-    keys = jax.ShapeDtypeStruct((batch, capacity, kv_heads, dim), jnp.float32)
+    keys = jax.ShapeDtypeStruct((capacity // 64, 64, kv_heads, dim), jnp.float32)
+    tables = jax.ShapeDtypeStruct((batch, capacity // 64), jnp.int32)
     positions = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-    compiled = attend.lower(queries, keys, keys, positions).compile()
+    compiled = _attend.lower(queries, keys, keys, positions, tables).compile()
     all_scores = 4 * batch * heads * seq * capacity  # 1 GiB
     assert compiled.memory_analysis().temp_size_in_bytes < all_scores / 10

@@ -18,11 +18,12 @@ from qwen_moe_jax.kernels.cpu.calls import (
     native_linears,
 )
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
-from qwen_moe_jax.model.delta_net import conv_heads
+from qwen_moe_jax.model.delta_net import conv_heads, read_slots
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
 from support.delta_oracle import delta_inputs, delta_oracle
+from support.paging import in_pages
 
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 EPS = {FLOAT32: 2.0**-24, BFLOAT16: 2.0**-8}  # half a unit in the last place, or a whole one where two round
@@ -169,7 +170,13 @@ def check_conv(shape: tuple[int, ...], dtype: str, variant: str) -> None:
         jnp.asarray([seq, *rng.integers(0, seq + 1, batch - 1)], jnp.int32),
     )
     sizes = {"key_dim": key_dim, "heads": heads, "value_dim": value_dim}
-    found = jax.jit(functools.partial(native_conv, variant=variant, **sizes))(*given)
+    x, weight, carried, counts = given
+    pool, slots = in_slots(carried, rng)
+    *found, after = jax.jit(functools.partial(native_conv, variant=variant, **sizes))(
+        x, weight, pool + 0, slots, counts
+    )
+    found.append(read_slots(after, slots))
+    check_others(pool, after, slots)
     wanted = jax.jit(functools.partial(conv_heads, **sizes))(*given)
     token = (np.arange(seq) < np.asarray(given[3])[:, None])[..., None, None]
     for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
@@ -180,6 +187,20 @@ def check_conv(shape: tuple[int, ...], dtype: str, variant: str) -> None:
         np.testing.assert_allclose(
             a, b, rtol=0, atol=0 if exact else CONV_TOLERANCE[dtype] * max(1, np.abs(b).max(initial=0))
         )
+
+
+def in_slots(entries: jax.Array, rng: np.random.Generator) -> tuple[jax.Array, jax.Array]:
+    """(a pool in which rows' entries lie in some order among others, the slot of each row)."""
+    batch = entries.shape[0]
+    slots = jnp.asarray(rng.permutation(batch + 2)[:batch], jnp.int32)
+    pool = jnp.asarray(rng.normal(size=(batch + 2, *entries.shape[1:])), entries.dtype)
+    return pool.at[slots].set(entries), slots
+
+
+def check_others(before: jax.Array, after: jax.Array, slots: jax.Array) -> None:
+    """Entries that are no row's stay as they are."""
+    others = np.setdiff1d(np.arange(before.shape[0]), slots)
+    np.testing.assert_array_equal(np.asarray(after)[others], np.asarray(before)[others])
 
 
 DELTA_SHAPES = [
@@ -193,7 +214,11 @@ DELTA_SHAPES = [
 
 def check_delta_step(given: dict, variant: str) -> None:
     """Sums of at most 128 products of order one: a few dozen units in the last place of float32."""
-    found = jax.jit(functools.partial(native_delta_step, variant=variant))(**given)
+    pool, slots = in_slots(given["state"], np.random.default_rng(given["state"].shape))
+    kernel = jax.jit(functools.partial(native_delta_step, variant=variant))
+    output, after = kernel(**(given | {"state": pool + 0}), slots=slots)
+    check_others(pool, after, slots)
+    found = output, read_slots(after, slots)
     ratio = given["value"].shape[1] // given["key"].shape[1]
     heads = {name: jnp.repeat(given[name], ratio, axis=1) for name in ("query", "key")}
     wanted = delta_rule_step(**(given | heads))
@@ -215,7 +240,11 @@ def check_delta_chunks(shape: tuple[int, ...], variant: str) -> None:
     """Against the recurrence in float64 in every regime: within twice the error of XLA's chunks."""
     seq, key_heads, heads, key_dim, value_dim = shape
     given = delta_inputs(15, seq, key_heads=key_heads, heads=heads, key_dim=key_dim, value_dim=value_dim)
-    found = jax.jit(functools.partial(native_delta_chunks, variant=variant))(*given)
+    *tokens, state = given
+    pool, slots = in_slots(jnp.asarray(state), np.random.default_rng(shape))
+    output, after = jax.jit(functools.partial(native_delta_chunks, variant=variant))(*tokens, pool + 0, slots)
+    check_others(pool, after, slots)
+    found = output, read_slots(after, slots)
     plain = jax.jit(delta_rule_chunked)(*given)
     for a, b, exact in zip(found, plain, delta_oracle(*given), strict=True):
         error, allowed = (np.abs(np.asarray(x) - exact).max() for x in (a, b))
@@ -233,23 +262,30 @@ def attention_case(
     dtype: str,
     cache: str,
 ) -> dict:
-    """A cache with keys up to some length a row, new tokens behind it, and a few pads at the end."""
+    """Pages with keys up to some length a row, new tokens behind it, and a few pads at the end."""
     rng = np.random.default_rng([seed, batch, seq, dim, capacity])
     length = rng.integers(0, capacity - seq + 1, batch)
     count = rng.integers(0, seq + 1, batch)
     positions = length[:, None] + np.arange(seq)
-    slots = np.where(np.arange(seq) < count[:, None], positions, capacity)
+    page = int(rng.choice([32, 64, 96]))
 
     def normal(*shape: int, dtype: str = dtype) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), dtype)
 
+    held = [normal(batch, capacity, kv_heads, dim, dtype=cache) for _ in "kv"]
+    # every row has pages for all of its queries, and NaN where it has not written
+    paged = in_pages(*held, page, length, seed=seed, room=seq)
+    places = np.where(np.arange(seq) < count[:, None], positions, paged.tables.shape[1] * page)
+    # a pad sees what its row's last token does, and nothing where there is none
+    positions = np.minimum(positions, (length + count - 1)[:, None])
     return {
         "query": 2 * normal(batch, seq, kv_heads * group, dim),
         "key": normal(batch, seq, kv_heads, dim),
         "value": normal(batch, seq, kv_heads, dim),
         "positions": jnp.asarray(positions, jnp.int32),
-        "slots": jnp.asarray(slots, jnp.int32),
-        "cache": KVCache(*(normal(batch, capacity, kv_heads, dim, dtype=cache) for _ in "kv")),
+        "places": jnp.asarray(places, jnp.int32),
+        "tables": paged.tables,
+        "cache": KVCache(*paged.pools),
     }
 
 
@@ -280,11 +316,11 @@ def check_attention(given: dict, variant: str) -> None:
     cache = given["cache"]
     copy = KVCache(cache.k + 0, cache.v + 0)
     found, after = jax.jit(functools.partial(native_attention, variant=variant))(**(given | {"cache": copy}))
-    wanted_cache = append_keys(cache, given["key"], given["value"], given["slots"])
-    np.testing.assert_array_equal(after.k, wanted_cache.k)
-    np.testing.assert_array_equal(after.v, wanted_cache.v)
+    wanted_cache = append_keys(cache, given["key"], given["value"], given["places"], given["tables"])
+    for ours, theirs in ((after.k, wanted_cache.k), (after.v, wanted_cache.v)):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (ours, theirs)))
     wide = [x.astype(jnp.float32) for x in (given["query"], wanted_cache.k, wanted_cache.v)]
-    wanted = blockwise_attention(*wide, given["positions"])
+    wanted = np.asarray(blockwise_attention(*wide, given["positions"], given["tables"]))
     assert found.dtype == given["query"].dtype
     tolerance = ATTENTION_TOLERANCE[given["query"].dtype.name]
     np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=0, atol=tolerance * 2)
