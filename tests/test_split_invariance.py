@@ -14,8 +14,8 @@ from support.reference import save_reference
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, KVCache
-from qwen_moe_jax.generation.engine import Engine
+from qwen_moe_jax.engine.logits import SequenceLogits
+from qwen_moe_jax.formats.cache import PAGE, DeltaNetCache, HybridCache, KVCache
 from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.kernels.table import make_kernels
 
@@ -37,9 +37,9 @@ def folder() -> Path:
 
 
 @functools.cache
-def engine(dtype: str = "float32") -> Engine:
+def forward(dtype: str = "float32") -> SequenceLogits:
     config = ModelConfig.from_file(folder())
-    return Engine(
+    return SequenceLogits(
         load_forward(folder(), config, jnp.dtype(dtype), make_kernels("cpu"), progress=False).forward
     )
 
@@ -72,13 +72,13 @@ def feed(
 ) -> tuple[list[np.ndarray], HybridCache]:
     """Feeds each row's next tokens; returns each row's logits of just those."""
     tokens, valid = piece(rows, width, np.random.default_rng(seed))
-    logits, cache = engine().forward(tokens, valid, cache)
+    logits, cache = forward()(tokens, valid, cache)
     return [np.asarray(logits[i, : len(row)]) for i, row in enumerate(rows)], cache
 
 
 def feed_split(rows: list[np.ndarray], counts: list[list[int]]) -> tuple[list[np.ndarray], HybridCache]:
     """Feeds row b in pieces of counts[b][0], counts[b][1], ...; single-token pieces take the decode form."""
-    cache = engine().new_cache(len(rows), CAPACITY)
+    cache = forward().new_cache(len(rows), CAPACITY)
     done = [0] * len(rows)
     seen: list[list[np.ndarray]] = [[] for _ in rows]
     for number, sizes in enumerate(zip(*counts, strict=True)):
@@ -119,7 +119,7 @@ def test_any_split_of_a_ragged_batch_equals_one_forward(seed: int) -> None:
 def test_prefill_n_then_prefill_m_then_decode_equals_prefill_of_all(n: int, m: int) -> None:
     """A second multi-token piece continues the state and the convolution (transformers #45513)."""
     rows = [random_ids(CONFIG, 129, seed)[: n + m + 1].astype(np.int32) for seed in range(3)]
-    cache = engine().new_cache(len(rows), CAPACITY)
+    cache = forward().new_cache(len(rows), CAPACITY)
     first, cache = feed(cache, [row[:n] for row in rows])
     second, cache = feed(cache, [row[n : n + m] for row in rows])
     last, cache = feed(cache, [row[n + m :] for row in rows], width=1)
@@ -141,7 +141,9 @@ def visible(cache: HybridCache, row: int) -> list[np.ndarray]:
     kept: list[np.ndarray] = []
     for layer in cache.layers:
         if isinstance(layer, KVCache):
-            kept += [np.asarray(layer.k[row, :length]), np.asarray(layer.v[row, :length])]
+            places = np.arange(length)
+            pages = np.asarray(cache.rows.tables)[row, places // PAGE]
+            kept += [np.asarray(pool)[pages, places % PAGE] for pool in (layer.k, layer.v)]
         else:
             kept += [np.asarray(layer.conv[row]), np.asarray(layer.state[row])]
     return kept
@@ -149,7 +151,7 @@ def visible(cache: HybridCache, row: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("width", [1, WIDTH])
 def test_a_row_of_pads_leaves_its_cache_bitwise_unchanged(width: int) -> None:
-    _, cache = feed(engine().new_cache(3, CAPACITY), [ROWS[0][:60], ROWS[1][:64], ROWS[2][:2]])
+    _, cache = feed(forward().new_cache(3, CAPACITY), [ROWS[0][:60], ROWS[1][:64], ROWS[2][:2]])
     before = [visible(cache, row) for row in range(3)]
     nothing = np.zeros(0, np.int32)
     _, cache = feed(cache, [nothing, ROWS[1][64:65], nothing], width)
@@ -163,8 +165,8 @@ def test_a_row_of_pads_leaves_its_cache_bitwise_unchanged(width: int) -> None:
 def test_the_cache_after_right_padding_is_that_of_the_valid_tokens(count: int) -> None:
     """Convolution inputs come from the last valid tokens, not from the pads behind them (LLM-TPU #150)."""
     row = ROWS[2][:count]
-    _, padded = feed(engine().new_cache(3, CAPACITY), [row, row, row], seed=1)
-    _, other = feed(engine().new_cache(3, CAPACITY), [row, row, row], seed=2)  # other ids under the pads
+    _, padded = feed(forward().new_cache(3, CAPACITY), [row, row, row], seed=1)
+    _, other = feed(forward().new_cache(3, CAPACITY), [row, row, row], seed=2)  # other ids under the pads
     _, stepped = feed_split([row] * 3, [[1] * count] * 3)
     for a, b, c in zip(visible(padded, 0), visible(other, 0), visible(stepped, 0), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -178,10 +180,9 @@ def test_the_cache_after_right_padding_is_that_of_the_valid_tokens(count: int) -
 
 
 def test_the_recurrent_state_is_float32_also_in_a_bfloat16_model() -> None:
-    config = ModelConfig.from_file(folder())
-    dtype = jnp.dtype(jnp.bfloat16)
-    narrow = Engine(load_forward(folder(), config, dtype, make_kernels("cpu"), progress=False).forward)
-    cache, _ = narrow.prefill([ROWS[0][:5]], room=1)
+    narrow = forward("bfloat16")
+    tokens, valid = piece([ROWS[0][:5]], 5, np.random.default_rng(0))
+    _, cache = narrow(tokens, valid, narrow.new_cache(1, CAPACITY))
     states = [layer.state for layer in cache.layers if isinstance(layer, DeltaNetCache)]
     assert states
     assert all(state.dtype == jnp.float32 for state in states)

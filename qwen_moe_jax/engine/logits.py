@@ -67,8 +67,8 @@ class SequenceLogits:
         rows = rows + [np.zeros(0, np.int32)] * (self.padded(len(rows)) - len(rows))
         cache = self.new_cache(len(rows), cache_capacity(longest))
         for start, length in chunk_spans(longest, chunk_length(len(rows), self.forward.kernels)):
-            tokens, counts = right_pad([row[start : start + length] for row in rows], length)
-            chunk, cache = self(tokens, np.arange(length) < counts[:, None], cache)
+            tokens, valid = right_pad([row[start : start + length] for row in rows], length)
+            chunk, cache = self(tokens, valid, cache)
             yield start, np.asarray(chunk[:, : longest - start])
 
 

@@ -53,11 +53,13 @@ def prefill_shapes(slots: int, kernels: Kernels) -> tuple[tuple[int, int], ...]:
 
 
 def right_pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of at most `length` ids (empty ones too) -> (ids int32 [batch, length], counts int32 [batch])."""
+    """Rows of at most `length` ids (empty ones too) -> (ids int32, valid bool), each [batch, length]."""
     ids = np.zeros((len(rows), length), np.int32)
+    valid = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
-    return ids, np.asarray([len(row) for row in rows], np.int32)
+        valid[index, : len(row)] = True
+    return ids, valid
 
 
 def chunk_length(batch: int, kernels: Kernels) -> int:

@@ -14,9 +14,10 @@ from qwen_moe_jax.engine.shapes import (
     cache_capacity,
     chunk_length,
     chunk_spans,
+    right_pad,
 )
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.generation.batching import right_pad, to_rows
+from qwen_moe_jax.generation.batching import to_rows
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.kernels.table import Kernels
 

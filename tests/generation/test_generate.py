@@ -11,7 +11,6 @@ from text_files import write_text_files
 
 from qwen_moe_jax import GenerationConfig, QwenMoe
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.generation.engine import BLOCK_STEPS
 
 VOCAB, CONTEXT = 300, 160
 # Log-probabilities by the cached one-token path and by one forward: float32 sums in other orders, of
@@ -124,7 +123,7 @@ def test_a_checkpoints_own_end_tokens_apply_unless_others_are_given(folder, mode
         own = QwenMoe.from_pretrained(folder, compilation_cache=None)
     finally:
         file.unlink()
-    own.engine = model.engine  # the same weights, already compiled
+    own._steps, own._engine = model._steps, model._own_engine()  # the same weights, already compiled
     whole = greedy.sequences[0]
     end = whole.index(whole[4]) + 1
     assert own.generate(prompts(*THREE)[:1], max_new_tokens=20).sequences == [whole[:end]]
@@ -194,48 +193,30 @@ def test_options_override_the_generation_config(model, greedy):
     assert model.generate(prompts(5), config, max_new_tokens=3).sequences == [greedy.sequences[0][:3]]
 
 
-def test_the_device_is_called_once_a_block_and_no_more_when_all_rows_have_finished(
-    model, greedy, monkeypatch
-):
-    steps = []
-    decode = model.engine.decode
-
-    def counting(state, sampler, plan, count):
-        state, block = decode(state, sampler, plan, count)
-        steps.append((count, int(np.asarray(block.count).max())))
-        return state, block
-
-    monkeypatch.setattr(model.engine, "decode", counting)
-    model.generate(prompts(5), max_new_tokens=40)
-    assert steps == [(BLOCK_STEPS, BLOCK_STEPS), (BLOCK_STEPS, BLOCK_STEPS), (7, 7)]
-    steps.clear()
-    whole = greedy.sequences[0]
-    end = whole.index(whole[6])
-    model.generate(prompts(5), max_new_tokens=40, eos_token_id=whole[6])
-    assert steps == ([(BLOCK_STEPS, end)] if end else [])  # stopped within the block, on the device
-
-
-def test_forty_prompt_lengths_compile_no_more_than_the_buckets(model):
-    model.generate(prompts(3), max_new_tokens=4)
-    engine = model.engine
-    functions = (engine._prefill, engine._first, engine._decode)
-    before = [function._cache_size() for function in functions]
-    for length in range(1, 41):
-        model.generate(prompts(length), max_new_tokens=4)
-    prefill, first, decode = (f._cache_size() - b for f, b in zip(functions, before, strict=True))
-    assert prefill <= 2  # chunks of 32 and 64, besides the 16 that was there; one cache capacity
-    assert (first, decode) == (0, 0)
-
-
-def test_changed_sampling_values_and_seeds_compile_nothing(model):
+def test_forty_prompt_lengths_and_other_options_compile_nothing_new(model):
     options = SAMPLE | {"top_k": 5, "max_new_tokens": 4}
+    engine = model._own_engine()
+    model.generate(prompts(3), max_new_tokens=4)
     model.generate(prompts(3), **options)
-    functions = (model.engine._prefill, model.engine._first, model.engine._decode)
-    before = [function._cache_size() for function in functions]
-    for change in ({"temperature": 0.4}, {"top_k": 9}, {"top_p": 0.3}, {"min_p": 0.2}, {"seed": 12}):
-        model.generate(prompts(3), **(options | change))
-    model.generate(prompts(3), **(options | {"max_new_tokens": 9, "eos_token_id": 4}))
-    assert [function._cache_size() for function in functions] == before
+    model.generate(prompts(40), max_new_tokens=4)
+    programs = set(engine._core.programs)
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for length in range(1, 41):
+            model.generate(prompts(length), max_new_tokens=4)
+        for change in ({"temperature": 0.4}, {"top_k": 9}, {"top_p": 0.3}, {"min_p": 0.2}, {"seed": 12}):
+            model.generate(prompts(3), **(options | change))
+        model.generate(prompts(3), **(options | {"max_new_tokens": 9, "eos_token_id": 4}))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert set(engine._core.programs) - programs <= {("prefill", 1, 16), ("move", False)}
+    assert len(compiled) <= len(set(engine._core.programs) - programs)
 
 
 @pytest.mark.parametrize(

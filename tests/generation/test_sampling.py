@@ -10,11 +10,14 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from qwen_moe_jax.engine.sampling import (
+    IN_PROMPT,
+    RowSampling,
     SamplingParams,
-    SamplingPlan,
     apply_penalties,
     choose_tokens,
     filter_logits,
+    history,
+    log_probabilities,
     row_keys,
     sample,
     step_keys,
@@ -33,7 +36,17 @@ TIE = 3e-7  # two quotients of float32 that differ in the last place
 _penalise = jax.jit(apply_penalties)
 _filter = jax.jit(filter_logits)
 _sample = jax.jit(sample)
-_choose = jax.jit(choose_tokens, static_argnames="plan")
+_choose = jax.jit(choose_tokens)
+
+
+def rows_of(config: GenerationConfig, rows: int) -> SamplingParams:
+    """Rows with the same options and seeds of their own."""
+    return SamplingParams.of([config.row_sampling(seed, 0) for seed in range(rows)])
+
+
+def seen(mask: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What penalties know, of tokens in the prompt and how often each was generated."""
+    return np.asarray(counts | np.where(mask, IN_PROMPT, 0), np.int32)
 
 
 @jax.jit
@@ -99,7 +112,7 @@ def test_filters_leave_the_support_and_probabilities_of_transformers(block):
     for case in range(block * 60, block * 60 + 60):
         rng = np.random.default_rng(case)
         config, logits = random_options(rng), random_logits(rng, case)
-        ours = np.asarray(_filter(jnp.asarray(logits), SamplingParams.of(config, len(logits))))
+        ours = np.asarray(_filter(jnp.asarray(logits), rows_of(config, len(logits))))
         reference = reference_filter(logits, config)
         scaled = logits / np.float32(config.temperature)
         for row, (a, b) in enumerate(zip(ours, reference, strict=True)):
@@ -126,7 +139,7 @@ def test_a_tie_at_the_edge_of_top_p_keeps_the_larger_ids_as_a_stable_sort_does()
     logits = np.zeros((1, 8), np.float32)  # an eighth each, exact in float32; torch sorts so few stably
     for top_p, kept in ((0.25, 2), (0.3, 3), (0.5, 4), (0.51, 5), (1.0, 8)):
         config = GenerationConfig(do_sample=True, top_k=0, top_p=top_p)
-        ours = np.isfinite(_filter(jnp.asarray(logits), SamplingParams.of(config, 1)))
+        ours = np.isfinite(_filter(jnp.asarray(logits), rows_of(config, 1)))
         np.testing.assert_array_equal(ours, np.isfinite(reference_filter(logits, config)))
         assert ours[0].tolist() == [False] * (8 - kept) + [True] * kept
 
@@ -143,7 +156,7 @@ def test_repetition_penalty_is_that_of_transformers():
         for row in range(3):
             mask[row, prompts[row]] = True
             np.add.at(counts[row], generated[row], 1)
-        ours = _penalise(jnp.asarray(logits), mask, counts, SamplingParams.of(config, 3))
+        ours = _penalise(jnp.asarray(logits), seen(mask, counts), rows_of(config, 3))
         processor = theirs.RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
         expected = processor(torch.tensor(np.concatenate([prompts, generated], 1)), torch.tensor(logits))
         # one product or quotient of the same float32 numbers; XLA may multiply by a reciprocal
@@ -163,7 +176,7 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only():
             for token in range(VOCAB):
                 for occurrence in range(counts[row, token]):
                     expected[row, token] -= frequency + (presence if occurrence == 0 else 0)
-        ours = _penalise(jnp.asarray(logits), mask, counts, SamplingParams.of(config, 2))
+        ours = _penalise(jnp.asarray(logits), seen(mask, counts), rows_of(config, 2))
         np.testing.assert_allclose(ours, expected, atol=3e-6)  # a few roundings of numbers below 16
 
 
@@ -192,7 +205,7 @@ def test_successive_steps_and_sequences_draw_independently():
 def test_a_filtered_token_is_never_drawn():
     config = GenerationConfig(do_sample=True, top_k=3, top_p=1.0)
     logits = np.random.default_rng(5).normal(size=(1, VOCAB)).astype(np.float32)
-    filtered = np.asarray(_filter(jnp.asarray(logits), SamplingParams.of(config, 1)))[0]
+    filtered = np.asarray(_filter(jnp.asarray(logits), rows_of(config, 1)))[0]
     tokens = np.asarray(_many_draws(jnp.asarray(filtered), jnp.arange(20_000, dtype=jnp.uint32)))
     assert set(tokens.tolist()) == set(np.argsort(logits[0])[-3:].tolist())
 
@@ -200,7 +213,6 @@ def test_a_filtered_token_is_never_drawn():
 def _inputs(batch: int):
     rng = np.random.default_rng(11)
     logits = rng.normal(size=(batch, VOCAB)).astype(np.float32) * 3
-    keys = row_keys(jnp.arange(batch, dtype=jnp.uint32), jnp.zeros(batch, jnp.uint32))
     mask = rng.random((batch, VOCAB)) < 0.2
     counts = rng.integers(0, 3, (batch, VOCAB)).astype(np.int32)
     config = GenerationConfig(
@@ -212,31 +224,38 @@ def _inputs(batch: int):
         presence_penalty=0.3,
         frequency_penalty=0.2,
     )
-    return logits, keys, mask, counts, config
+    return logits, seen(mask, counts), config
 
 
-def test_a_row_is_bitwise_independent_of_its_neighbours_and_its_place():
-    batch = 6
-    logits, keys, mask, counts, config = _inputs(batch)
-    plan = SamplingPlan.of(config)
+MIXED = [
+    GenerationConfig(),
+    GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=2.0),
+    GenerationConfig(do_sample=True, top_k=3),
+    GenerationConfig(presence_penalty=1.5),
+    GenerationConfig(do_sample=True, min_p=0.2, repetition_penalty=3.0),
+    GenerationConfig(),
+]
+
+
+def test_a_row_is_bitwise_independent_of_its_neighbours_and_their_options():
+    logits, history_of, _ = _inputs(len(MIXED))
+    rows = [config.row_sampling(seed, seed % 2) for seed, config in enumerate(MIXED)]
 
     def run(order):
         order = np.asarray(order)
-        params = SamplingParams.of(config, len(order))
-        return _choose(logits[order], params, plan, keys[order], mask[order], counts[order])
+        params = SamplingParams.of([rows[i] for i in order])
+        return np.asarray(_choose(logits[order], params, 3 * order, history_of[order]))
 
-    tokens, logprobs = map(np.asarray, run(range(batch)))
-    for order in ([5, 4, 3, 2, 1, 0], [3, 3, 0, 3, 1, 2], [0], [4], [2, 5, 1]):
-        again, again_logprobs = map(np.asarray, run(order))
-        np.testing.assert_array_equal(again, tokens[order])
-        np.testing.assert_array_equal(again_logprobs, logprobs[order])
+    tokens = run(range(len(MIXED)))
+    for order in ([5, 4, 3, 2, 1, 0], [3, 3, 0, 3, 1, 2], [0], [4], [2, 5, 1], [1], [0, 5], [2]):
+        np.testing.assert_array_equal(run(order), tokens[order])
+    assert tokens[0] == logits[0].argmax()
 
 
 def test_rows_may_have_parameters_of_their_own():
     logits, *_ = _inputs(2)
     configs = [GenerationConfig(do_sample=True, top_k=k, top_p=p) for k, p in ((1, 1.0), (0, 0.5))]
-    params = [SamplingParams.of(config, 1) for config in configs]
-    both = jax.tree.map(lambda *rows: np.concatenate(rows), *params)
+    both = SamplingParams.of([config.row_sampling(0, 0) for config in configs])
     together = np.asarray(_filter(jnp.asarray(logits), both))
     for row, config in enumerate(configs):
         np.testing.assert_array_equal(
@@ -244,22 +263,19 @@ def test_rows_may_have_parameters_of_their_own():
         )
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_logprobs_are_the_models_own_log_softmax_before_penalties_and_filters(do_sample):
-    logits, keys, mask, counts, config = _inputs(4)
-    if not do_sample:
-        config = GenerationConfig(repetition_penalty=2.0)
-    plan = SamplingPlan.of(config)
-    tokens, logprobs = _choose(logits, SamplingParams.of(config, 4), plan, keys, mask, counts)
+def test_logprobs_are_the_models_own_log_softmax():
+    logits, *_ = _inputs(4)
+    tokens = np.asarray([3, 0, 96, 17])
     expected = jax.nn.log_softmax(logits)[np.arange(4), tokens]
-    np.testing.assert_allclose(logprobs, expected, atol=2e-6)  # a rounding of numbers below 16, twice
+    # a rounding of numbers below 16, twice
+    np.testing.assert_allclose(log_probabilities(logits, tokens), expected, atol=2e-6)
 
 
 def test_greedy_takes_the_largest_logit_and_the_first_of_equals():
-    config = GenerationConfig()
     logits = np.random.default_rng(0).normal(size=(5, VOCAB)).astype(np.float32)
     logits[2, [7, 50]] = 9.0
-    tokens, _ = _choose(logits, SamplingParams.of(config, 5), SamplingPlan.of(config), None, None, None)
+    nothing = np.zeros((5, VOCAB), np.int32)
+    tokens = _choose(logits, rows_of(GenerationConfig(), 5), np.zeros(5, int), nothing)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     assert tokens[2] == 7
 
@@ -268,33 +284,33 @@ def test_greedy_sees_penalties():
     config = GenerationConfig(presence_penalty=1e6)
     logits = np.array([[3.0, 2.0, 1.0]], np.float32)
     counts, mask = np.array([[1, 0, 0]], np.int32), np.array([[False, True, False]])
-    params = SamplingParams.of(config, 1)
-    tokens, _ = _choose(logits, params, SamplingPlan.of(config), None, mask, counts)
+    tokens = _choose(logits, rows_of(config, 1), np.zeros(1, int), seen(mask, counts))
     assert tokens.tolist() == [1]
 
 
-def test_the_plan_computes_what_the_options_need_and_no_more():
-    plan = SamplingPlan.of
-    assert plan(GenerationConfig()) == SamplingPlan(False, False, False)
-    everything = GenerationConfig(do_sample=True, top_k=0, top_p=1.0)
-    assert plan(everything) == SamplingPlan(True, False, False)
-    for change in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
-        assert plan(everything.override(**change)).needs_filter
+def test_a_history_counts_what_was_generated_and_marks_the_prompt():
+    found = history(6, np.asarray([1, 4, 4], np.int32), np.asarray([4, 2, 2]))
+    assert found.tolist() == [0, IN_PROMPT, 2, 0, IN_PROMPT + 1, 0]
+
+
+def test_a_row_says_what_its_options_need_and_no_more():
+    def row(**options):
+        return GenerationConfig(**options).row_sampling(0, 0)
+
+    assert row().greedy
+    everything = row(do_sample=True, top_k=0, top_p=1.0)
+    assert (everything.filters, everything.penalises, everything.greedy) == (False, False, False)
+    for change in ({"top_k": 3}, {"top_k": 0, "top_p": 0.5}, {"top_k": 0, "top_p": 1.0, "min_p": 0.1}):
+        assert row(do_sample=True, **change).filters
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-        assert plan(GenerationConfig(**{name: 1.5})) == SamplingPlan(False, False, True)
+        assert row(**{name: 1.5}).penalises
+        assert not row(**{name: 1.5}).greedy
 
 
 def test_parameters_are_traced_so_that_no_value_recompiles():
     before = _filter._cache_size()
     for config in (GenerationConfig(do_sample=True), GenerationConfig(do_sample=True, top_k=0, top_p=0.2)):
-        _filter(jnp.zeros((9, VOCAB)), SamplingParams.of(config, 9))
+        _filter(jnp.zeros((9, VOCAB)), rows_of(config, 9))
     assert _filter._cache_size() == before + 1
-    assert {f.name for f in dataclasses.fields(SamplingParams)} == {
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    }
+    options = {field.name for field in dataclasses.fields(RowSampling)}
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == options | {"filters", "penalises"}

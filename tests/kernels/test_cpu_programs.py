@@ -1,4 +1,4 @@
-"""What the compiled programs of a whole bfloat16 model do on a CPU, with the C++ kernels."""
+"""What the engine's compiled steps of a whole bfloat16 model do on a CPU, with the C++ kernels."""
 
 import re
 
@@ -8,15 +8,18 @@ import pytest
 from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
-from qwen_moe_jax.engine.sampling import SamplingParams, SamplingPlan
-from qwen_moe_jax.formats.cache import KVCache
-from qwen_moe_jax.generation.engine import Sampler
-from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+from qwen_moe_jax.engine.steps import END_IDS, Entries, Roster, RowStates
+from qwen_moe_jax.formats.cache import KVCache, Placement
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
 
-BATCH, CAPACITY = 2, 96
+ROWS, SLOTS, PAGES, WIDTH = 2, 3, 11, 4
 if make_kernels("cpu").native is None:
     pytest.skip("without the C++ kernels", allow_module_level=True)
+
+
+def given(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +28,34 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def decode(model):
-    """(compiled decode loop, the cache it takes)."""
-    config = GenerationConfig(max_new_tokens=4)
-    plan = SamplingPlan.of(config)
-    sampler = Sampler(
-        params=SamplingParams.of(config, BATCH),
-        seeds=np.zeros(BATCH, np.uint32),
-        sequence_index=np.arange(BATCH, dtype=np.uint32),
-        eos_ids=np.asarray([-1], np.int32),
-        prompt_mask=None,
+def pools(model):
+    layers = model._steps.forward.new_layers(PAGES, SLOTS)
+    return jax.tree.map(lambda x: given(x.dtype.name, *x.shape), layers)
+
+
+@pytest.fixture(scope="module")
+def decode(model, pools):
+    """The compiled decode step."""
+    slots, rows = given("int32", SLOTS), given("int32", ROWS)
+    states = RowStates(token=slots, length=slots, emitted=slots, finished=given("bool", SLOTS))
+    roster = Roster(
+        rows=rows,
+        slots=rows,
+        limit=rows,
+        end_ids=given("int32", ROWS, END_IDS),
+        sampling=SamplingParams.of([RowSampling()] * ROWS),
     )
-    rows = [np.arange(3, 20, dtype=np.int32), np.arange(5, 60, dtype=np.int32)]
-    cache, last = model.engine.prefill(rows, CAPACITY - 60)
-    state, _ = model.engine.first(cache, last, sampler, plan)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.cache)
-    return model.engine.lower_decode(state, sampler, plan).compile(), shapes
+    entries = Entries(begins=given("bool", ROWS), token=rows, length=rows, emitted=rows)
+    tables = given("int32", SLOTS, WIDTH)
+    return model._steps.lower_decode(pools, states, roster, entries, tables).compile()
+
+
+@pytest.fixture(scope="module")
+def prefill(model, pools):
+    """The compiled prefill step."""
+    one = given("int32", 1)
+    placed = Placement(tables=given("int32", 1, WIDTH), slots=one, length=one)
+    return model._steps.lower_prefill(pools, given("int32", 1, 32), one, placed).compile()
 
 
 def spelt(struct: jax.ShapeDtypeStruct) -> str:
@@ -48,11 +63,11 @@ def spelt(struct: jax.ShapeDtypeStruct) -> str:
     return f"{short}[{','.join(map(str, struct.shape))}]"
 
 
-def test_keys_values_and_states_are_not_copied_in_a_step(decode):
-    compiled, cache = decode
-    text = compiled.as_text()
-    for layer in cache.layers:
-        for struct in (layer.k, layer.v) if isinstance(layer, KVCache) else (layer.state,):
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_pages_and_states_are_not_copied_in_a_step(step, pools, request):
+    text = request.getfixturevalue(step).as_text()
+    for layer in pools:
+        for struct in (layer.k, layer.v) if isinstance(layer, KVCache) else (layer.state, layer.conv):
             shape = re.escape(spelt(struct))
             assert re.search(rf"{shape}\S* (parameter|get-tuple-element)\(", text)
             made = re.findall(rf"= {shape}\S* ([\w-]+)\(", text)
@@ -60,26 +75,42 @@ def test_keys_values_and_states_are_not_copied_in_a_step(decode):
 
 
 def test_no_matrix_is_widened_or_copied_in_a_step(model, decode):
-    compiled, _ = decode
     smallest = min(x.nbytes for name, x in model._parameters.items() if "embed" in name or "head" in name)
-    assert compiled.memory_analysis().temp_size_in_bytes < smallest
+    assert decode.memory_analysis().temp_size_in_bytes < smallest
     for name, x in model._parameters.items():
         if x.dtype == "bfloat16" and x.ndim >= 2:
             wide = re.escape(spelt(jax.ShapeDtypeStruct(x.shape, "float32")))
-            assert not re.search(rf"= {wide}", compiled.as_text()), name
+            assert not re.search(rf"= {wide}", decode.as_text()), name
 
 
-def test_every_native_operation_is_in_the_programs(model, decode):
-    compiled, _ = decode
-    prefill = model.engine.lower_prefill(
-        model.engine.new_cache(1, CAPACITY), jax.ShapeDtypeStruct((1, 32), "int32")
-    ).as_text()
+def test_every_native_operation_is_in_the_programs(decode, prefill):
     names = {"embedding": "rows", "float8": None}
     for operation, known in IMPLEMENTATIONS.items():
         target = names.get(operation, operation)
         if NATIVE not in known.values() or target is None:
             continue
-        assert f"_{target}" in (prefill if operation == "delta_chunks" else compiled.as_text()), operation
+        text = (prefill if operation == "delta_chunks" else decode).as_text()
+        assert f"_{target}" in text, operation
+
+
+def test_a_pool_takes_memory_as_it_is_written(model):
+    """Two GiB of pages, and no more of them resident than were touched."""
+
+    def resident() -> int:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096
+
+    forward = model._steps.forward
+    before = resident()
+    layers = forward.new_layers((2 << 30) // forward.page_bytes, SLOTS)
+    jax.block_until_ready(layers)
+    assert resident() - before < 64 << 20
+    one = np.zeros(1, np.int32)
+    table = np.arange(WIDTH, dtype=np.int32)[None]
+    placed = Placement(tables=table, slots=one, length=one)
+    layers, done = model._steps.prefill(layers, np.ones((1, 32), np.int32), one + 32, placed)
+    jax.block_until_ready(done)
+    assert resident() - before < 128 << 20
 
 
 def test_weights_keep_the_checkpoint_s_dtype(model):

@@ -7,13 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from qwen_moe_jax.generation.running import Generation
 from support.configs import random_config
 from support.meshes import on_mesh
 
 from qwen_moe_jax import QwenMoe
-from qwen_moe_jax.engine.sampling import SamplingPlan
-from qwen_moe_jax.generation.options import GenerationConfig
 
 SEED = 22  # a layer of either kind; fusable
 LAYERS = random_config(SEED)["num_hidden_layers"]
@@ -33,10 +30,10 @@ def collectives(compiled: Any) -> tuple[Counter[str], list[tuple[int, ...]]]:
 
 
 def programs(model: QwenMoe, batch: int) -> dict[str, Any]:
-    """The compiled forward of a prefill chunk and of one token, and the whole loops of prefill and decode."""
-    engine, forward = model.engine, model.engine._model
-    batch = engine.padded(batch)
-    cache = engine.new_cache(batch, 64)
+    """The compiled forward of a prefill chunk and of one token."""
+    forward = model.sequence_logits.forward
+    batch = model.sequence_logits.padded(batch)
+    cache = forward.new_cache(batch, 64)
     hidden = jax.jit(forward.hidden)
     found = {}
     for name, tokens in (("prefill", 16), ("decode", 1)):
@@ -109,28 +106,41 @@ def test_collectives_of_a_layer(sizes: tuple[int, int, int], choices: dict[str, 
         assert counts == +expected, name
         # What is gathered are tokens and no weights: as many as there are, of their width, or with the mark
         # of a pad.
-        tokens = model.engine.padded(4) * (16 if name == "prefill" else 1)
+        tokens = model.sequence_logits.padded(4) * (16 if name == "prefill" else 1)
         hidden = model.config.hidden_size
         for shape in gathered:
             assert shape[0] <= -(-tokens // 8) * 8
             assert shape[1] in (hidden, hidden + 1), f"{name} gathers {shape}"
 
 
-def test_the_loops_of_generation_add_one_gather_of_logits() -> None:
+def test_the_engines_steps_add_one_gather_of_logits() -> None:
     model = on_mesh(SEED, 1, 2, 2, shared_expert="sharded")
-    engine = model.engine
-    config = GenerationConfig(max_new_tokens=4)
-    generation = Generation(engine, [np.arange(5, dtype=np.int32)], [], config, ())
-    plan = SamplingPlan.of(config)
-    cache, last = engine.prefill([np.arange(5, dtype=np.int32)], 4)
-    state, _ = engine.first(cache, last, generation._sampler, plan)
-    compiled = engine._decode.lower(
-        engine._params, state=state, sampler=generation._sampler, steps=np.int32(4), plan=plan
-    ).compile()
-    counts, gathered = collectives(compiled)
+    with model.engine(max_rows=2, memory=1 << 24) as engine:
+        core = engine._core
+        assert core is not None
+        lowered = {}
+        decode, prefill = core.steps._decode, core.steps._prefill
+
+        def noting(name, function):
+            def call(*args, **kwargs):
+                lowered[name] = function.lower(*args, **kwargs)
+                return function(*args, **kwargs)
+
+            return call
+
+        core.steps._decode, core.steps._prefill = noting("decode", decode), noting("prefill", prefill)
+        try:
+            engine.submit([1, 2, 3, 4], max_new_tokens=2).result()
+        finally:
+            core.steps._decode, core.steps._prefill = decode, prefill
+    counts, gathered = collectives(lowered["decode"].compile())
     assert counts == Counter({"all-reduce": 1 + 2 * LAYERS, "all-gather": 1})
     vocab = model.layout.splits["vocab"].size  # type: ignore[union-attr]
     assert gathered == [(1, vocab)]
+    counts, gathered = collectives(lowered["prefill"].compile())
+    # nobody looks at the hidden states of a prompt, so the last layer's experts are left out
+    assert counts == Counter({"all-reduce": 2 * LAYERS - (1 if LAYERS else 0)})
+    assert gathered == []
 
 
 def test_the_count_is_of_something() -> None:

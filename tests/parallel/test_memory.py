@@ -16,6 +16,7 @@ from qwen_moe_jax.cli import main
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import DEVICES, find_device
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.formats.cache import PAGE
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.parallel.memory import USABLE, device_memory
 
@@ -27,27 +28,27 @@ SIZES = [(1, 1, 1), (1, 2, 2), (2, 1, 2), (1, 3, 1), (1, 8, 1), (1, 1, 6)]
 @pytest.mark.parametrize("choices", [{"shared_expert": "prescaled"}, {"shared_expert": "sharded"}])
 def test_bytes_are_those_of_the_arrays_on_a_device(sizes: tuple[int, int, int], choices: dict) -> None:
     model = on_mesh(SEED, *sizes, **choices)
-    held = device_memory(model.config, sizes, 100, **choices).holdings["float32"]
+    held = device_memory(model.config, sizes, 2 * PAGE, **choices).holdings["float32"]
     arrays = model._parameters.values()
     assert sum(held.weights.values()) == sum(a.addressable_shards[0].data.nbytes for a in arrays)
-    rows = model.engine.padded(1)
-    layers = model.engine.new_cache(rows, 100).layers
+    forward = model.sequence_logits
+    layers = forward.new_cache(forward.padded(1), 2 * PAGE).layers
     row = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(layers))
-    assert held.sequence(100) == row
+    assert held.sequence(2 * PAGE) == row
 
 
 def test_inspect_prints_what_a_device_of_a_mesh_holds(capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(mesh_case(SEED).folder)
-    assert main(["inspect", folder, "--expert", "64", "--context", "100"]) == 0
+    assert main(["inspect", folder, "--expert", "64", "--context", "128"]) == 0
     assert "a device of the mesh data 1 x expert 64 x tensor 1" in capsys.readouterr().out
     model = on_mesh(SEED, 1, 2, 2, shared_expert="prescaled")
     held = sum(value.addressable_shards[0].data.nbytes for value in model._parameters.values())
-    layers = model.engine.new_cache(1, 100).layers
+    layers = model.sequence_logits.new_cache(1, 128).layers
     row = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(layers))
-    assert main(["inspect", folder, "--expert", "2", "--tensor", "2", "--context", "100"]) == 0
+    assert main(["inspect", folder, "--expert", "2", "--tensor", "2", "--context", "128"]) == 0
     in_float32 = capsys.readouterr().out.split("  in float32")[-1]
     assert f"weights        {held / 1024:.4g} KiB:" in in_float32
-    assert f"{row / 1024:.4g} KiB with 100 tokens" in in_float32
+    assert f"{row / 1024:.4g} KiB with 128 tokens" in in_float32
 
 
 @pytest.mark.parametrize("choices", [{}, {"attention": "data"}])

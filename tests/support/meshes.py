@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax import QwenMoe, make_mesh
-from qwen_moe_jax.generation.batching import right_pad
+from qwen_moe_jax.engine.shapes import right_pad
 from support import oracle, parity
 from support.configs import random_ids
 from support.reference import save_reference
@@ -77,12 +77,12 @@ class MeshCase:
 
 
 def run(model: QwenMoe, rows: list[np.ndarray]) -> Run:
-    """Prefill in one chunk, then NEW_TOKENS greedy tokens, through the compiled forward of the engine."""
-    engine = model.engine
-    batch = engine.padded(len(rows))
+    """Prefill in one chunk, then NEW_TOKENS greedy tokens, through the compiled forward with all logits."""
+    forward = model.sequence_logits
+    batch = forward.padded(len(rows))
     tokens, valid = right_pad(rows + [np.zeros(0, np.int32)] * (batch - len(rows)), 16)
-    cache = engine.new_cache(batch, CAPACITY)
-    logits, cache = engine.forward(tokens, valid, cache)
+    cache = forward.new_cache(batch, CAPACITY)
+    logits, cache = forward(tokens, valid, cache)
     found = [[np.asarray(logits[i, : len(row)])] for i, row in enumerate(rows)]
     chosen: list[list[int]] = [[] for _ in rows]
     for step in range(NEW_TOKENS):
@@ -92,7 +92,7 @@ def run(model: QwenMoe, rows: list[np.ndarray]) -> Run:
             break
         last = [np.array([one[-1]], np.int32) for one in chosen]
         tokens, valid = right_pad(last + [np.zeros(0, np.int32)] * (batch - len(rows)), 1)
-        logits, cache = engine.forward(tokens, valid, cache)
+        logits, cache = forward(tokens, valid, cache)
         for i, seen in enumerate(found):
             seen.append(np.asarray(logits[i]))
     return Run([np.concatenate(seen) for seen in found], chosen)
