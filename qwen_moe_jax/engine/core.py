@@ -227,8 +227,9 @@ class Core:
         self.programs.add(("prefill", *step.shape))
         total = rows * self.ranks
         tokens, counts = np.zeros((total, chunk), np.int32), np.zeros(total, np.int32)
-        tables = np.full((total, self.scheduler.tables.shape[1]), self.sizes.pages, np.int32)
-        slots, length = np.full(total, self.sizes.slots, np.int32), np.zeros(total, np.int32)
+        tables: Any = np.full((total, self.scheduler.tables.shape[1]), self.sizes.pages, np.int32)
+        slots: Any = np.full(total, self.sizes.slots, np.int32)
+        length: Any = np.zeros(total, np.int32)
         for row in step.rows:
             place = row.rank * rows + row.row
             tokens[place, : len(row.tokens)] = row.tokens
@@ -236,7 +237,7 @@ class Core:
             tables[place] = self.scheduler.tables[row.rank * self.sizes.slots + row.slot]
             slots[place], length[place] = row.slot, row.start
             self._count_prompt(row.sequence)
-        placed: Any = Placement(tables=tables, slots=slots, length=length)
+        placed = Placement(tables=tables, slots=slots, length=length)
         self._layers, done = self.steps.prefill(self._layers, tokens, counts, placed)
         return done
 
@@ -250,7 +251,7 @@ class Core:
         """Hands a step over; every row that is not greedy makes the step so."""
         if self._tables_version != self.scheduler.tables_version:
             # a copy: the device reads it when it comes to the step
-            self._tables = self.scheduler.tables.copy()
+            self._tables = self._kept(self.scheduler.tables.copy())
             self._tables_version = self.scheduler.tables_version
         roster, entries = self._roster_of(step), self._entries_of(step)
         for row in step.rows:
@@ -286,8 +287,10 @@ class Core:
         if self._roster is not None and names == self._roster_rows:
             return self._roster
         total, all_slots = step.bucket * self.ranks, self.ranks * self.sizes.slots
-        rows, slots = np.full(total, all_slots, np.int32), np.full(total, self.sizes.slots, np.int32)
-        limit, ends = np.zeros(total, np.int32), np.full((total, END_IDS), -1, np.int32)
+        rows: Any = np.full(total, all_slots, np.int32)
+        slots: Any = np.full(total, self.sizes.slots, np.int32)
+        limit: Any = np.zeros(total, np.int32)
+        ends: Any = np.full((total, END_IDS), -1, np.int32)
         sampling = [RowSampling()] * total
         for row in step.rows:
             place = self._place(step, row.rank, row.row)
@@ -297,12 +300,9 @@ class Core:
             some = job.end_ids[:END_IDS]
             ends[place, : len(some)] = some
             sampling[place] = job.sampling[index]
-        given: Any = Roster(
-            rows=rows, slots=slots, limit=limit, end_ids=ends, sampling=SamplingParams.of(sampling)
-        )
-        self._roster = self._kept(given)
-        self._roster_rows = names
-        return self._roster
+        given = self._kept(Roster(rows, slots, limit, ends, SamplingParams.of(sampling)))
+        self._roster, self._roster_rows = given, names
+        return given
 
     def _entries_of(self, step: DecodeStep) -> Entries:
         """What the host says of rows that begin to decode."""
@@ -310,13 +310,14 @@ class Core:
         begin = [row for row in step.rows if row.token is not None]
         if not begin and total in self._no_entries:
             return self._no_entries[total]
-        begins: Any = np.zeros(total, bool)
+        begins = np.zeros(total, bool)
         token, length, emitted = np.zeros((3, total), np.int32)
         for row in begin:
             place = self._place(step, row.rank, row.row)
-            begins[place], token[place] = True, row.token
+            begins[place], token[place] = True, row.token or 0
             length[place], emitted[place] = row.length, row.emitted
-        given: Any = Entries(*(x for x in (begins, token, length, emitted)))
+        arrays: Any = begins, token, length, emitted
+        given = Entries(*arrays)
         if not begin:
             self._no_entries[total] = given = self._kept(given)
         return given

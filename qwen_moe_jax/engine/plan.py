@@ -44,7 +44,7 @@ class Sequence:
         planned: tokens in the caches once every planned step has run.
         planned_emitted: new tokens once every planned step has run, if it does not end before.
         borders: lengths at which prefill keeps a snapshot, ascending.
-        kept: (snapshot, length) of the last page border that decoding has passed.
+        kept: (snapshot, length) of the last page borders that decoding has passed, the latest one last.
         begun: its first decode step is planned.
     """
 
@@ -64,7 +64,7 @@ class Sequence:
     planned: int = 0
     planned_emitted: int = 0
     borders: list[int] = dataclasses.field(default_factory=list)
-    kept: tuple[int, int] | None = None
+    kept: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     begun: bool = False
     was_admitted: bool = False
 

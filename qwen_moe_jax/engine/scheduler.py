@@ -33,6 +33,9 @@ from qwen_moe_jax.engine.plan import (
 from qwen_moe_jax.engine.prefix_tree import Match, PrefixTree
 from qwen_moe_jax.errors import InputError
 
+# Snapshots that a row keeps of the page borders it has passed: whether it has really come to the last one is
+# known when the step has run, and until then the one before is wanted.
+_BORDERS = 2
 # A prefill step costs its tokens and about as much as so many more, since it reads every expert's matrices.
 _OVERHEAD = 256
 
@@ -263,7 +266,7 @@ class Scheduler:
             if sequence.group is not None:
                 sequence.group.waiting -= 1
         sequence.planned, sequence.planned_emitted = start, len(sequence.emitted)
-        sequence.kept, sequence.begun = None, False
+        sequence.kept, sequence.begun = [], False
         sequence.borders = self._borders(sequence, match) if self._keeps(sequence) else []
         self._restores.append(StateMove(number, slot, match.snapshot))
         sequence.state = PREFILL if start < len(text) - 1 else DECODE
@@ -404,14 +407,16 @@ class Scheduler:
         return steps
 
     def _keep_border(self, sequence: Sequence) -> list[StateMove]:
-        """Keeps the states of a row that has come to the border of a page; only its last ones."""
+        """Keeps the states of a row that has come to the border of a page; only of the last two borders."""
         if not self._prefix_cache or sequence.planned % self._page_length:
             return []
         tree = self._ranks[sequence.rank].tree
-        place = tree.place_for_snapshot() if sequence.kept is None else sequence.kept[0]
+        place = tree.place_for_snapshot() if len(sequence.kept) < _BORDERS else None
         if place is None:
-            return []
-        sequence.kept = (place, sequence.planned)
+            if not sequence.kept:
+                return []
+            place, _ = sequence.kept.pop(0)
+        sequence.kept.append((place, sequence.planned))
         return [StateMove(sequence.rank, sequence.slot, place)]
 
     # Going out.
@@ -423,22 +428,23 @@ class Scheduler:
             known = sequence.known(sequence.confirmed // self._page_length * self._page_length)
             assert sequence.node is not None
             sequence.node = tree.insert(known, sequence.pages, sequence.node)
-            if sequence.kept is not None and sequence.kept[1] <= sequence.confirmed:
-                depth = sequence.kept[1] // self._page_length
+            passed = [kept for kept in sequence.kept if kept[1] <= sequence.confirmed]
+            if passed:
+                place, length = passed[-1]
                 node = sequence.node
-                while node.depth > depth:
+                while node.depth * self._page_length > length:
                     assert node.parent is not None
                     node = node.parent
-                tree.keep(node, sequence.kept[0])
-                sequence.kept = None
+                tree.keep(node, place)
+                sequence.kept.remove(passed[-1])
 
     def _give_back(self, sequence: Sequence) -> None:
         """What a row holds goes back; its place is free at once, since steps run in their order."""
         rank = self._ranks[sequence.rank]
         assert sequence.node is not None
-        if sequence.kept is not None:
-            rank.tree.snapshots.release(sequence.kept[0])
-            sequence.kept = None
+        for place, _ in sequence.kept:
+            rank.tree.snapshots.release(place)
+        sequence.kept = []
         rank.tree.unpin(sequence.node)
         if not self._prefix_cache and (sequence.group is None or not sequence.group.waiting):
             rank.tree.forget(sequence.node)

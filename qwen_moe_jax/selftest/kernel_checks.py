@@ -281,7 +281,9 @@ def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[An
         slots = rng.permutation(batch).astype(np.int32)
         stored = given | {"state": given["state"][np.argsort(slots)]}  # row r's state at slots[r]
         output, after = on_device(
-            lambda given: delta_kernel.delta_step(slots=slots, **given, interpret=interpret), stored
+            lambda given, slots: delta_kernel.delta_step(slots=slots, **given, interpret=interpret),
+            stored,
+            slots,
         )
         found = (output, np.asarray(after)[slots])
         repeated = {
