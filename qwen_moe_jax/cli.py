@@ -90,8 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--process-id", type=int, metavar="N", help="this one's, from 0; 0 prints")
     running = [common, loading, sizes, several]
 
-    command = commands.add_parser("generate", parents=running, help="continue a prompt")
-    command.add_argument("prompt")
+    command = commands.add_parser("generate", parents=running, help="continue a prompt, or a file of them")
+    command.add_argument("prompt", nargs="?")
+    command.add_argument(
+        "--input", metavar="FILE", help="JSON lines with prompt or messages, and id and options if wanted"
+    )
+    command.add_argument(
+        "--output", metavar="FILE", help="JSON lines of replies; started again, the missing ones follow"
+    )
+    command.add_argument("--max-rows", type=int, default=64, help="sequences computed together (default 64)")
+    command.add_argument("--memory", type=int, metavar="BYTES", help="of a device, for pages and states")
+    command.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its start")
     command.add_argument("--model", required=True, help="checkpoint folder or hub id")
     command.add_argument(
         "--raw", action="store_true", help="continue the text itself, without a chat template"
@@ -208,7 +217,11 @@ def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
 def _generate(options: argparse.Namespace) -> None:
     from qwen_moe_jax.generation.options import GenerationConfig
 
-    if not options.prompt.strip():
+    if (options.prompt is None) == (options.input is None):
+        raise InputError("generate takes a prompt, or --input with a file of them; give one of the two.")
+    if (options.input is None) != (options.output is None):
+        raise InputError("--input and --output go together: prompts from one file, replies to the other.")
+    if options.prompt is not None and not options.prompt.strip():
         raise InputError("the prompt is empty; give the text to answer or continue.")
     given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS if getattr(options, name) is not None}
     config = GenerationConfig().override(**given, do_sample=options.do_sample, stop_strings=options.stop)
@@ -218,13 +231,32 @@ def _generate(options: argparse.Namespace) -> None:
         raise InputError(
             "--system and --no-thinking need a chat template, and the prompt is taken as plain text."
         )
-    prompt: Any = options.prompt
-    if chat:
-        prompt = [{"role": "system", "content": options.system}] if options.system else []
-        prompt.append({"role": "user", "content": options.prompt})
-    for piece in model.stream(prompt, config, enable_thinking=False if options.no_thinking else None):
-        _print(piece.text, end="", flush=True)
-    _print()
+
+    def as_prompt(text: Any) -> Any:
+        if not chat or not isinstance(text, str):
+            return text
+        system = [{"role": "system", "content": options.system}] if options.system else []
+        return [*system, {"role": "user", "content": text}]
+
+    thinking = {"enable_thinking": False} if options.no_thinking else {}
+    if options.input is None:
+        for piece in model.stream(as_prompt(options.prompt), config, **thinking):
+            _print(piece.text, end="", flush=True)
+        return _print()
+    from qwen_moe_jax.generation.json_lines import run_file
+
+    cache = not options.no_prefix_cache
+    with model.engine(options.max_rows, options.memory, prefix_cache=cache) as engine:
+        written, there = run_file(
+            engine,
+            options.input,
+            options.output,
+            options=given | thinking | {"do_sample": options.do_sample, "stop_strings": options.stop},
+            as_prompt=as_prompt,
+            progress=sys.stderr.isatty(),
+        )
+    kept = f" ({there} were there)" if there else ""
+    _print(f"wrote {written} replies to {options.output}{kept}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -152,7 +152,7 @@ class Core:
         Args:
             sampled: also those of rows that draw their tokens or have penalties.
         """
-        for shape in prefill_shapes(self.sizes.slots, self._forward.kernels):
+        for shape in prefill_shapes(self.sizes.slots, self._forward.kernels).shapes:
             self._prefill(PrefillStep(shape, (), (), ()))
         for bucket in row_buckets(self.sizes.slots):
             for greedy in (True, False)[: 1 + sampled]:

@@ -31,13 +31,12 @@ from qwen_moe_jax.engine.plan import (
     StateMove,
 )
 from qwen_moe_jax.engine.prefix_tree import Match, PrefixTree
+from qwen_moe_jax.engine.shapes import PrefillShapes
 from qwen_moe_jax.errors import InputError
 
 # Snapshots that a row keeps of the page borders it has passed: whether it has really come to the last one is
 # known when the step has run, and until then the one before is wanted.
 _BORDERS = 2
-# A prefill step costs its tokens and about as much as so many more, since it reads every expert's matrices.
-_OVERHEAD = 256
 
 
 class _Rank:
@@ -78,7 +77,7 @@ class Scheduler:
         pages: int,
         page_length: int,
         snapshots: int,
-        shapes: ListOf[tuple[int, int]],
+        shapes: PrefillShapes,
         row_buckets: ListOf[int],
         context: int,
         prefix_cache: bool = True,
@@ -91,7 +90,7 @@ class Scheduler:
             pages: of keys and values.
             page_length: tokens a page.
             snapshots: of recurrent states.
-            shapes: (rows, tokens) that prefill steps may have.
+            shapes: that prefill steps may have.
             row_buckets: rows that decode steps may have, ascending; the last one is `slots`.
             context: tokens of the longest row.
             prefix_cache: keep what rows leave behind. Without it, only the sequences of one prompt share.
@@ -101,7 +100,7 @@ class Scheduler:
         self.preemptions = 0
         self._ranks = [_Rank(slots, pages, page_length, snapshots) for _ in range(ranks)]
         self._slots, self._pages, self._page_length = slots, pages, page_length
-        self._shapes, self._buckets = list(shapes), list(row_buckets)
+        self._shapes, self._buckets = shapes, list(row_buckets)
         self._prefix_cache = prefix_cache
         self._numbers = 0
         self._waiting: list[Sequence] = []  # by number
@@ -195,7 +194,7 @@ class Scheduler:
         """The next step, to run behind all that were planned before; None if there is nothing to run.
 
         Prefill and decode take turns where there is something for both: a row that decodes waits for one
-        prefill step at most.
+        prefill step at most, of `PrefillShapes.while_decoding` tokens.
 
         Args:
             most_steps: tokens a row of one decode step.
@@ -305,9 +304,12 @@ class Scheduler:
         def worth(shape: tuple[int, int]) -> float:
             rows, chunk = shape
             done = sum(min(chunk, self._until(s) - s.planned) for some in of_rank for s in some[:rows])
-            return done / (rows * chunk * len(self._ranks) + _OVERHEAD)
+            return done / (rows * chunk * len(self._ranks) + self._shapes.overhead)
 
-        shape = max(self._shapes, key=worth)
+        shapes = self._shapes.shapes
+        if any(s.state == DECODE for s in self._running):
+            shapes = [s for s in shapes if s[0] * s[1] <= self._shapes.while_decoding]
+        shape = max(shapes, key=worth)
         planned, saves = [], []
         for number, some in enumerate(of_rank):
             for row, sequence in enumerate(some[: shape[0]]):

@@ -5,6 +5,7 @@ sequences are wanted, n tokens are whole chunks of `chunk_length` and a tail pad
 into two where padding would be most of it; caches come in capacities two to an octave (64, 96, 128, ...).
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,8 +24,8 @@ _PADDED = 512
 SMALLEST_CAPACITY = 64
 
 
-# Decode programs of an engine, at most, each greedy and not; with prefill's and three small ones, 24.
-_MOST_BUCKETS = 7
+# Decode programs of an engine, at most, each greedy and not; with prefill's and two or three others, 24.
+_MOST_BUCKETS = 6
 
 
 def row_buckets(slots: int) -> tuple[int, ...]:
@@ -39,17 +40,38 @@ def row_buckets(slots: int) -> tuple[int, ...]:
     return tuple(buckets)
 
 
-def prefill_shapes(slots: int, kernels: Kernels) -> tuple[tuple[int, int], ...]:
-    """(rows a data rank, tokens a row) of the prefill chunks that are compiled: long ones of one row, and
-    short ones of several, whose tokens together read each expert's matrices once.
+@dataclasses.dataclass(frozen=True)
+class PrefillShapes:
+    """What prefill steps may look like.
+
+    Attributes:
+        shapes: (rows a data rank, tokens a row).
+        overhead: tokens that a step costs beside its own, since it reads every matrix once.
+        while_decoding: most tokens a data rank of a step that rows which decode wait for.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    overhead: int
+    while_decoding: int
+
+
+def prefill_shapes(slots: int, kernels: Kernels) -> PrefillShapes:
+    """Of a target. A CPU computes a token in about as long whoever else is in its chunk (measured,
+    `benchmarks/README.md`), so that chunks are of one row and waste little on pads; a GPU waits for the
+    matrices of all experts, which many tokens share.
 
     Args:
         slots: rows that there are at most.
         kernels: what programs are compiled for, and with.
     """
     longest = chunk_length(1, kernels)
-    shapes = [(1, 16), (1, 64), (1, 256), (1, min(1024, longest)), (1, longest), (4, 256), (16, 64)]
-    return tuple(dict.fromkeys((rows, chunk) for rows, chunk in shapes if rows <= max(slots, 1)))
+    if kernels.target == "cpu":
+        chunks = (16, 32, 64, 128, 256, 512, longest)
+        shapes: list[tuple[int, int]] = [(1, chunk) for chunk in chunks]
+        return PrefillShapes(tuple(dict.fromkeys(shapes)), overhead=32, while_decoding=512)
+    shapes = [(1, 64), (1, 256), (1, 1024), (1, longest), (4, 256), (4, 1024), (16, 64), (16, 256)]
+    fitting = tuple(shape for shape in shapes if shape[0] <= slots)
+    return PrefillShapes(fitting, overhead=1024, while_decoding=longest)
 
 
 def right_pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -149,6 +149,7 @@ class Engine:
         prompts: Iterable[Any],
         options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
+        names: Sequence[str] | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[int, GenerationOutput]]:
         """Continues many prompts, giving each result as it is there.
@@ -156,6 +157,7 @@ class Engine:
         Args:
             prompts: each one as for `submit`.
             options: for all of them, or a mapping for each.
+            names: what errors call each of them; None means by number.
             progress: shows a bar on stderr, with tokens a second.
 
         Yields:
@@ -168,11 +170,13 @@ class Engine:
         each = _options_of_each(options, len(listed))
         asked: list[Asked] = []
         for number, (prompt, given) in enumerate(zip(listed, each, strict=True)):
-            found = self._model.asked(prompt, None, dict(given))
+            name = names[number] if names else f"prompt {number}"
+            try:
+                found = self._model.asked(prompt, None, dict(given))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
             if len(found) != 1:
-                raise InputError(
-                    f"entry {number} of the prompts holds {len(found)} prompts; each entry is one of them."
-                )
+                raise InputError(f"{name} holds {len(found)} prompts; expected one.")
             asked += found
         return self._results(asked, progress)
 

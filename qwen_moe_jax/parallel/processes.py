@@ -84,3 +84,12 @@ def least_of_all(number: int) -> int:
 
     # in mebibytes, since JAX carries 32 bits
     return int(multihost_utils.process_allgather(np.int32(number >> 20)).min()) << 20
+
+
+def of_the_first(array: np.ndarray) -> np.ndarray:
+    """The first process's array of 32-bit numbers, in all of them; each of them has to call."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))

@@ -14,7 +14,7 @@ from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.configs import find_config, released, released_config
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
-from qwen_moe_jax.formats.cache import DeltaNetCache, KVCache, empty_cache
+from qwen_moe_jax.formats.cache import PAGE, DeltaNetCache, KVCache, empty_cache
 
 KIB, MIB = 1 << 10, 1 << 20
 # The names give whole billions; those of the 35B count its embedding.
@@ -40,7 +40,7 @@ def test_sizes_are_those_that_the_models_are_known_for(
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 1, bfloat16, bfloat16))
     keys = [layer for layer in cache.layers if isinstance(layer, KVCache)]
     states = [layer.state for layer in cache.layers if isinstance(layer, DeltaNetCache)]
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(keys)) == kv
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(keys)) == PAGE * kv
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in states) == state
     parameters = sum(prod(shape) for shape in parameter_shapes(config).values())
     assert parameters == pytest.approx(billions * 1e9, rel=NAMED_SIZE)

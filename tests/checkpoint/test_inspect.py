@@ -23,7 +23,7 @@ from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
-from qwen_moe_jax.formats.cache import empty_cache
+from qwen_moe_jax.formats.cache import PAGE, empty_cache
 
 KIB, MIB = 1024, 1024**2
 TEXT = {"model_type": "qwen3_5_moe_text", "max_position_embeddings": 262144}
@@ -94,9 +94,10 @@ def test_parameters_and_caches_are_what_the_model_holds(seed, tmp_path):
     for dtype in ("bfloat16", "float32"):
         held = expected_of(config, dtype)
         assert summary.loaded_bytes[dtype] == sum(s.size * s.dtype.itemsize for s in held.values())
-        cache = empty_cache(config, 1, 100, jnp.dtype(dtype), jnp.dtype(dtype))
+        cache = empty_cache(config, 1, 2 * PAGE, jnp.dtype(dtype), jnp.dtype(dtype))
         arrays = [array for layer in cache.layers for array in vars(layer).values()]
-        sequence = 100 * summary.kv_bytes_per_token[dtype] + summary.state_bytes + summary.conv_bytes[dtype]
+        keys = 2 * PAGE * summary.kv_bytes_per_token[dtype]
+        sequence = keys + summary.state_bytes + summary.conv_bytes[dtype]
         assert sequence == sum(array.nbytes for array in arrays)
 
 

@@ -8,10 +8,15 @@ from support.fake_device import FakeDevice, alone, check_ownership
 
 from qwen_moe_jax.engine.plan import DecodeStep, PrefillStep, Sequence
 from qwen_moe_jax.engine.scheduler import Scheduler
+from qwen_moe_jax.engine.shapes import PrefillShapes
 from qwen_moe_jax.errors import InputError
 
 PAGE = 4
 VOCABULARY = 6  # so that texts share beginnings, and end
+
+
+def shapes(*given: tuple[int, int], while_decoding: int = 16) -> PrefillShapes:
+    return PrefillShapes(given, overhead=4, while_decoding=while_decoding)
 
 
 def make(**changes) -> Scheduler:
@@ -21,7 +26,7 @@ def make(**changes) -> Scheduler:
         "pages": 40,
         "page_length": PAGE,
         "snapshots": 12,
-        "shapes": [(1, 4), (1, 16), (2, 8)],
+        "shapes": shapes((1, 4), (1, 16), (2, 8)),
         "row_buckets": [1, 2, 3],
         "context": 200,
     }
@@ -182,7 +187,7 @@ def test_sequences_of_a_prompt_share_its_pages(prefix_cache):
 
 
 def test_a_row_waits_for_one_prefill_step_at_most():
-    scheduler = make(slots=3, pages=200, context=800, shapes=[(1, 4)])
+    scheduler = make(slots=3, pages=200, context=800, shapes=shapes((1, 4)))
     device = FakeDevice(scheduler, vocabulary=10**9, lag=1, page_length=PAGE)
     scheduler.submit(prompt(1, 2), 60)
     for _ in range(4):
@@ -192,8 +197,25 @@ def test_a_row_waits_for_one_prefill_step_at_most():
     assert device.longest_wait == 1
 
 
+def test_a_step_that_rows_wait_for_is_short():
+    scheduler = make(slots=3, pages=200, context=800, shapes=shapes((1, 4), (1, 64), while_decoding=4))
+    scheduler.submit(prompt(1, 2), 60)
+    steps = [scheduler.plan(), scheduler.plan()]
+    assert all(step is not None for step in steps)
+    scheduler.submit(prompt(*range(1, 200)), 3)
+    step = scheduler.plan()
+    step = step if isinstance(step, PrefillStep) else scheduler.plan()
+    assert isinstance(step, PrefillStep)
+    assert step.shape == (1, 4)
+    scheduler = make(slots=3, pages=200, context=800, shapes=shapes((1, 4), (1, 64), while_decoding=4))
+    scheduler.submit(prompt(*range(1, 200)), 3)
+    step = scheduler.plan()
+    assert isinstance(step, PrefillStep)
+    assert step.shape == (1, 64)
+
+
 def test_chunks_of_several_prompts_go_together_where_that_is_worth_it():
-    scheduler = make(slots=4, row_buckets=[4], shapes=[(1, 4), (1, 16), (4, 16)], prefix_cache=False)
+    scheduler = make(slots=4, row_buckets=[4], shapes=shapes((1, 4), (1, 16), (4, 16)), prefix_cache=False)
     for n in range(1, 5):
         scheduler.submit(prompt(*[n] * 13), 1)
     step = scheduler.plan()

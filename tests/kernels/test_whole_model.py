@@ -12,7 +12,7 @@ from support.meshes import LARGEST_RATIO, mesh_case, run
 
 from qwen_moe_jax import make_mesh
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.generation.engine import Engine
+from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.model.params import DtypePolicy
@@ -35,7 +35,7 @@ def on(kernels: Kernels, dtype: str) -> Any:
     """The case's model compiled for a target's table."""
     folder = mesh_case(SEED).folder
     loaded = load_forward(folder, ModelConfig.from_file(folder), jnp.dtype(dtype), kernels, False)
-    return SimpleNamespace(engine=Engine(loaded.forward))
+    return SimpleNamespace(sequence_logits=SequenceLogits(loaded.forward))
 
 
 @pytest.mark.parametrize("experts", ["pallas_grouped", "pallas_gathered"])
