@@ -35,8 +35,6 @@ from qwen_moe_jax.engine.steps import (
 )
 from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
-# Steps that are handed to the device and not yet looked at, besides the newest.
-_AHEAD = 1
 
 # (number among the job's sequences, token, its log-probability) -> the sequence has ended.
 Take = Callable[[int, int, float], bool]
@@ -97,6 +95,10 @@ class Core:
         self._jobs: dict[Row, tuple[Job, int]] = {}
         self._counted: set[Row] = set()
         self._pending: deque[tuple[PrefillStep | DecodeStep, Any]] = deque()
+        # Steps that are handed to the device and not looked at yet. Devices that one CPU pretends to have share
+        # its threads: collectives of two programs at a time would wait for each other for ever.
+        several = len(forward.devices) > 1 and forward.devices[0].platform == "cpu"
+        self._ahead = 0 if several else 1
         self._layers: Layers = forward.new_layers(self.ranks * sizes.pages, self.ranks * sizes.slots)
         self._snapshots: States = ()
         if sizes.snapshots:
@@ -142,7 +144,7 @@ class Core:
         else:
             self._pending.append((step, self._decode(step)))
         self._move_states(step.saves, restore=False)
-        while len(self._pending) > _AHEAD:
+        while len(self._pending) > self._ahead:
             self._collect()
         return True
 

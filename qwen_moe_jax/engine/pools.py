@@ -72,12 +72,14 @@ def pool_sizes(
             f"and a page of {PAGE} tokens ({page:,} bytes); give more memory or fewer rows (max_rows)."
         )
     rest = memory - slots * state
-    snapshots = 0
-    if prefix_cache and state:
-        snapshots = _rounded(min(_SNAPSHOTS_A_ROW * slots, int(_SNAPSHOT_SHARE * rest) // state))
-    pages = (rest - snapshots * state) // page
-    most = slots * longest * (2 if prefix_cache else 1)
-    return PoolSizes(slots, _rounded(min(pages, most)), snapshots, page, state)
+    snapshots = _SNAPSHOTS_A_ROW * slots if prefix_cache else 0
+    if state:  # without recurrent layers they take nothing
+        snapshots = min(snapshots, int(_SNAPSHOT_SHARE * rest) // state)
+    snapshots = _rounded(snapshots)
+    pages = slots * longest * (2 if prefix_cache else 1)
+    if page:  # nor do pages without attention layers
+        pages = min(pages, (rest - snapshots * state) // page)
+    return PoolSizes(slots, _rounded(pages), snapshots, page, state)
 
 
 def _rounded(number: int) -> int:

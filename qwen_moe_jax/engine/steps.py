@@ -264,14 +264,20 @@ def _decode(
             else:
                 own = seen.at[index].get(mode="clip")
                 chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
-                seen = seen.at[index, chosen].add(running.astype(jnp.int32), mode="drop")
             logprob = log_probabilities(logits, chosen)
+            # Rows are divided among data ranks up to here. Everything else that is known of them is the same on
+            # every device, so that a step has this one exchange more, and no two that could overtake each other.
+            both = jnp.stack([chosen, lax.bitcast_convert_type(logprob, jnp.int32)])
+            chosen, logprob = model.everywhere(both)
+            logprob = lax.bitcast_convert_type(logprob, jnp.float32)
+            if seen is not None:
+                seen = seen.at[index, chosen].add(running.astype(jnp.int32), mode="drop")
         emitted = rows.emitted + running.astype(jnp.int32)
         ends = (chosen[:, None] == roster.end_ids).any(axis=1) | (emitted >= roster.limit)
         rows = _Rows(
             layers=cache.layers,
             token=jnp.where(running, chosen, rows.token),
-            length=cache.length,
+            length=rows.length + running.astype(jnp.int32),
             emitted=emitted,
             finished=rows.finished | ends,
             seen=seen,

@@ -101,6 +101,7 @@ class Engine:
         self.memory = self._core.sizes.bytes
         self._driven = jax.process_count() > 1
         self._lock = threading.RLock()
+        # every request that has not ended, with its rows once the core knows it
         self._running: dict[Request, list[Any]] = {}
         self._commands: list[Callable[[Core], None]] = []
         self._thread: threading.Thread | None = None
@@ -223,7 +224,10 @@ class Engine:
                 if not request.done:  # it may have been cancelled already
                     self._running[request] = list(core.submit(job))
 
-        self._command(submit)
+        with self._lock:
+            self._checked_core()
+            self._running.update((request, []) for request, _ in pairs)
+            self._command(submit)
         return [request for request, _ in pairs]
 
     def _request(self, asked: Asked, one_by_one: bool) -> tuple[Request, Job]:
@@ -270,7 +274,8 @@ class Engine:
         self._command(warm)
         while self._driven and not done.is_set():
             self._work_once()
-        done.wait()
+        while not done.wait(timeout=0.1):
+            self._checked_core()
         if errors:
             raise EngineError(f"a step does not compile: {errors[0]}") from errors[0]
         return self.stats().compiled_programs
@@ -379,7 +384,8 @@ class Engine:
             return False
 
     def _fail(self, error: BaseException) -> None:
-        running, self._running = self._running, {}
+        with self._lock:
+            running, self._running = self._running, {}
         for request in running:
             request.end(error)
 
