@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from memory import process_memory
+from needs import need
 
 SETTLE_SECONDS = 0.3  # threads of the process that has just worked go on spinning for a while
 LONG = 4096  # tokens from which a prompt is measured less often
@@ -58,7 +59,7 @@ class Job:
 
 
 class Ours:
-    """This library: prefill through `generate`, decoding through the functions that it runs."""
+    """This library: prefill through `generate`, decoding through the engine's loop."""
 
     def __init__(self, folder: Path, dtype: str, threads: int, kernels: str):
         from qwen_moe_jax import QwenMoe
@@ -72,32 +73,32 @@ class Ours:
         if not job.steps:
             out = self.model.generate(ids, max_new_tokens=1, eos_token_id=[])
             return out.usage.prefill_seconds
-        import jax
+        from qwen_moe_jax.engine.core import Job
+        from qwen_moe_jax.engine.sampling import RowSampling
 
-        from qwen_moe_jax.engine.sampling import SamplingParams, SamplingPlan
-        from qwen_moe_jax.generation.engine import Sampler
-        from qwen_moe_jax.generation.options import GenerationConfig
-
-        engine = self.model.engine
-        config = GenerationConfig(max_new_tokens=job.steps + 1)
-        plan = SamplingPlan.of(config)
-        sampler = Sampler(
-            params=SamplingParams.of(config, job.batch),
-            seeds=np.zeros(job.batch, np.uint32),
-            sequence_index=np.arange(job.batch, dtype=np.uint32),
-            eos_ids=np.asarray([-1], np.int32),
-            prompt_mask=None,
-        )
-        cache, last = engine.prefill([ids[0]], job.steps + 1)
-        if job.batch > 1:
-            cache, last = engine.repeat(cache, last, job.batch)
-        state, _ = engine.first(cache, last, sampler, plan)
-        state = jax.block_until_ready(dataclasses.replace(state, token=first.astype(np.int32)))
-        start, left = time.perf_counter(), job.steps
-        while left:
-            state, block = engine.decode(state, sampler, plan, left)
-            left -= int(np.asarray(block.count)[0])
-        return time.perf_counter() - start
+        with self.model.engine(max_rows=job.batch) as engine:
+            core = engine._core
+            rows = []
+            for token in first.tolist():
+                asked = Job(
+                    prompt=np.asarray([*ids[0], token], np.int32),
+                    max_new_tokens=job.steps + 1000,
+                    sampling=(RowSampling(),),
+                    end_ids=(),
+                    one_by_one=False,
+                    take=lambda *_: False,
+                )
+                rows += core.submit(asked)
+                while not rows[-1].emitted:  # the next one finds the context in the prefix cache
+                    core.advance()
+            for row in rows:  # what came before is compiled by now; each goes on by as many tokens
+                row.max_new_tokens = len(row.emitted) + job.steps
+            before = core.generated_tokens
+            start = time.perf_counter()
+            while any(len(row.emitted) < row.max_new_tokens for row in rows) and core.advance():
+                pass
+            seconds = time.perf_counter() - start
+            return seconds * job.batch * job.steps / max(1, core.generated_tokens - before)
 
 
 class Transformers:
@@ -402,6 +403,7 @@ def main() -> int:
     parser.add_argument("--serve", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    need("matplotlib", *(("torch", "transformers") if args.transformers else ()))
     if args.serve:
         return _serve(args.serve, args)
     if (args.llama is None) != (args.gguf is None):

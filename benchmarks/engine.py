@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from memory import process_memory
+from needs import need
 
 CHAT_TURNS, CHAT_TOKENS = 20, 200
 
@@ -306,6 +307,7 @@ def main() -> None:
     parser.add_argument("--transformers", type=int, default=48, help="requests for transformers; 0 for none")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    need(*(("torch", "transformers") if args.transformers else ()))
     from qwen_moe_jax import QwenMoe
     from qwen_moe_jax.host import processor_says
 

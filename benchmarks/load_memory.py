@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from memory import process_memory
+from needs import need
 
 
 def _load_here(folder: Path, held: str) -> int:
@@ -70,6 +71,7 @@ def main() -> int:
     parser.add_argument("--transformers", action="store_true", help="measure the PyTorch reference as well")
     parser.add_argument("--one", nargs=2, metavar=("LOADER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    need(*(("torch", "transformers") if args.transformers else ()))
     if args.one:
         loader = _load_here if args.one[0] == "qwen_moe_jax" else _load_transformers
         return loader(args.folder, args.one[1])

@@ -35,7 +35,6 @@ from qwen_moe_jax.engine.steps import (
 )
 from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
-
 # (number among the job's sequences, token, its log-probability) -> the sequence has ended.
 Take = Callable[[int, int, float], bool]
 
@@ -95,8 +94,8 @@ class Core:
         self._jobs: dict[Row, tuple[Job, int]] = {}
         self._counted: set[Row] = set()
         self._pending: deque[tuple[PrefillStep | DecodeStep, Any]] = deque()
-        # Steps that are handed to the device and not looked at yet. Devices that one CPU pretends to have share
-        # its threads: collectives of two programs at a time would wait for each other for ever.
+        # Steps that are handed to the device and not looked at yet. Devices that one CPU pretends to have
+        # share its threads: collectives of two programs at a time would wait for each other for ever.
         several = len(forward.devices) > 1 and forward.devices[0].platform == "cpu"
         self._ahead = 0 if several else 1
         self._layers: Layers = forward.new_layers(self.ranks * sizes.pages, self.ranks * sizes.slots)
@@ -105,7 +104,7 @@ class Core:
             self._snapshots = forward.new_states(self.ranks * sizes.snapshots)
         else:  # a place that nothing is kept in, so that there is something to begin from
             self._snapshots = forward.new_states(self.ranks)
-        self._states: RowStates = forward.everywhere(empty_states(self.ranks * sizes.slots))
+        self._states: RowStates = empty_states(self.ranks * sizes.slots)
         self._seen: jax.Array | None = None
         self._tables: Any = None
         self._tables_version = -1
@@ -326,7 +325,8 @@ class Core:
 
     def _kept(self, given: Any) -> Any:
         """Arrays of the host that several steps take: on one device they are handed over once."""
-        return jax.device_put(given) if len(self._forward.devices) == 1 else given
+        one = len(self._forward.devices) == 1 and jax.process_count() == 1
+        return jax.device_put(given) if one else given
 
     def _remember(self, step: DecodeStep) -> None:
         """Makes the histories of penalised rows that begin."""

@@ -188,13 +188,10 @@ class Steps:
 
 
 def empty_states(slots: int) -> RowStates:
-    """No row has begun."""
-    return RowStates(
-        token=jnp.zeros(slots, jnp.int32),
-        length=jnp.zeros(slots, jnp.int32),
-        emitted=jnp.zeros(slots, jnp.int32),
-        finished=jnp.ones(slots, bool),
-    )
+    """No row has begun; arrays of the host, equal in all processes."""
+    token, length, emitted = (np.zeros(slots, np.int32) for _ in range(3))
+    arrays: Any = token, length, emitted, np.ones(slots, bool)
+    return RowStates(*arrays)
 
 
 def _prefill(model: Forward, params, *, layers: Layers, tokens, counts, placed: Placement):
@@ -265,8 +262,9 @@ def _decode(
                 own = seen.at[index].get(mode="clip")
                 chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
             logprob = log_probabilities(logits, chosen)
-            # Rows are divided among data ranks up to here. Everything else that is known of them is the same on
-            # every device, so that a step has this one exchange more, and no two that could overtake each other.
+            # Rows are divided among data ranks up to here. Everything else that is known of them is the same
+            # on every device, so that a step has this one exchange more, and no two that could overtake each
+            # other.
             both = jnp.stack([chosen, lax.bitcast_convert_type(logprob, jnp.int32)])
             chosen, logprob = model.everywhere(both)
             logprob = lax.bitcast_convert_type(logprob, jnp.float32)
