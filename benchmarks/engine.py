@@ -110,7 +110,7 @@ class StaticBatches:
         limit = np.asarray([*lengths, *[0] * (rows - len(lengths))], np.int32)
         last = np.asarray([p[-1] for p in prompts] + [0] * (rows - len(prompts)), np.int32)
         ends = np.full((rows, END_IDS), -1, np.int32)
-        arrays: Any = slots, slots, limit, ends, SamplingParams.of([RowSampling()] * rows)
+        arrays: Any = slots, limit, ends, SamplingParams.of([RowSampling()] * rows)
         roster, states = Roster(*arrays), empty_states(rows)
         begins = np.arange(rows) < len(prompts)
         emitted = 0
@@ -238,7 +238,6 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
     layers = make(forward.new_layers(sum(pages), rows))
     slots = np.arange(rows, dtype=np.int32)
     arrays: Any = (
-        slots,
         slots,
         np.full(rows, 10**6, np.int32),
         np.full((rows, END_IDS), -1, np.int32),

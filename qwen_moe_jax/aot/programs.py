@@ -94,7 +94,6 @@ class Deployment:
         states = RowStates(token=integers, length=integers, emitted=integers, finished=truths)
         sampling = SamplingParams.of([RowSampling()] * rows)
         roster = Roster(
-            rows=integers,
             slots=integers,
             limit=integers,
             end_ids=self._given(jnp.int32, rows, END_IDS),

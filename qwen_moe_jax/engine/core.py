@@ -163,7 +163,7 @@ class Core:
         if self.sizes.snapshots:
             self._move_states([StateMove(0, self.sizes.slots, self.sizes.snapshots)], restore=False)
         if sampled:
-            self._seen = self._remembered(0, np.zeros(self._vocab, np.int32))
+            self._seen = self._remembered(0, 0, np.zeros(self._vocab, np.int32))
 
     def _most_steps(self) -> int:
         """Steps a device call: many only while nobody waits for a row's end or reads along."""
@@ -287,8 +287,7 @@ class Core:
         )
         if self._roster is not None and names == self._roster_rows:
             return self._roster
-        total, all_slots = step.bucket * self.ranks, self.ranks * self.sizes.slots
-        rows: Any = np.full(total, all_slots, np.int32)
+        total = step.bucket * self.ranks
         slots: Any = np.full(total, self.sizes.slots, np.int32)
         limit: Any = np.zeros(total, np.int32)
         ends: Any = np.full((total, END_IDS), -1, np.int32)
@@ -296,12 +295,12 @@ class Core:
         for row in step.rows:
             place = self._place(step, row.rank, row.row)
             job, index = self._jobs[row.sequence]
-            rows[place], slots[place] = row.rank * self.sizes.slots + row.slot, row.slot
+            slots[place] = row.slot
             limit[place] = job.max_new_tokens
             some = job.end_ids[:END_IDS]
             ends[place, : len(some)] = some
             sampling[place] = job.sampling[index]
-        given = self._kept(Roster(rows, slots, limit, ends, SamplingParams.of(sampling)))
+        given = self._kept(Roster(slots, limit, ends, SamplingParams.of(sampling)))
         self._roster, self._roster_rows = given, names
         return given
 
@@ -340,9 +339,11 @@ class Core:
                 continue
             generated = np.asarray(row.sequence.emitted, np.int64)
             seen = history(self._vocab, job.prompt, generated)
-            self._seen = self._remembered(row.rank * self.sizes.slots + row.slot, seen)
+            self._seen = self._remembered(row.rank, row.slot, seen)
 
-    def _remembered(self, row: int, seen: np.ndarray) -> jax.Array:
+    def _remembered(self, rank: int, slot: int, seen: np.ndarray) -> jax.Array:
         assert self._seen is not None
         self.programs.add(("remember",))
-        return self.steps.remember(self._seen, row, seen)
+        slots = np.full(self.ranks, self.sizes.slots, np.int32)
+        slots[rank] = slot
+        return self.steps.remember(self._seen, slots, np.tile(seen, (self.ranks, 1)))

@@ -1,6 +1,6 @@
 """The model as two functions of its parameters, on one device or on a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -81,6 +81,11 @@ class Forward(Protocol):
         """As `formats.cache.move_states`, on each data rank by its own part of the lists."""
         ...
 
+    def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """A function on the data ranks that rows lie on, each with its own part of arrays that have an entry
+        a row or slot; what it gives has that, too. Scalars are the same for all ranks."""
+        ...
+
     def everywhere(self, tree: Any) -> Any:
         """The same arrays, whole on every device, so that any process can read them."""
         ...
@@ -134,6 +139,10 @@ class OneDeviceForward:
     ) -> tuple[DeltaNetCache, ...]:
         """As `formats.cache.move_states`."""
         return move_states(to, given, places, sources)
+
+    def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """All rows lie here."""
+        return function(*trees)
 
     def everywhere(self, tree: Any) -> Any:
         """What lies on one device is whole there."""

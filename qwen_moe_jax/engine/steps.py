@@ -25,12 +25,13 @@ MOVES = 8  # states that one call moves on a data rank, at most
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowStates:
-    """What the device knows of the rows, an entry for each slot of all data ranks; equal on every device."""
+    """What the device knows of rows: in a step those of the step, between steps one entry for each slot. Both
+    are of each data rank, one behind the other, and lie on that rank."""
 
-    token: jax.Array  # [slots] int32: chosen, or the last one of the prompt, and not yet in the caches
-    length: jax.Array  # [slots] int32, tokens in the caches
-    emitted: jax.Array  # [slots] int32, tokens chosen so far
-    finished: jax.Array  # [slots] bool
+    token: jax.Array  # [rows] int32: chosen, or the last one of the prompt, and not yet in the caches
+    length: jax.Array  # [rows] int32, tokens in the caches
+    emitted: jax.Array  # [rows] int32, tokens chosen so far
+    finished: jax.Array  # [rows] bool
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +53,6 @@ class Entries:
 class Roster:
     """The rows of a decode step: as many of each data rank, one rank behind the other."""
 
-    rows: jax.Array  # [rows] int32, places in `RowStates`; their number for none
     slots: jax.Array  # [rows] int32, on the row's data rank; their number there for none
     limit: jax.Array  # [rows] int32, most tokens to emit
     end_ids: jax.Array  # [rows, END_IDS] int32, -1 where there are fewer
@@ -106,7 +106,7 @@ class Steps:
             placed: where they lie.
 
         Returns:
-            (the pools, how many tokens there were: something to wait for).
+            (the pools, something to wait for).
         """
         return self._prefill(
             self.forward.parameters, layers=layers, tokens=tokens, counts=counts, placed=placed
@@ -159,9 +159,15 @@ class Steps:
         """
         return self._move(to, given, places, sources)
 
-    def remember(self, seen: jax.Array, row: int, history: np.ndarray) -> jax.Array:
-        """What penalties count, with a row's history [vocab]."""
-        return self._remember(seen=seen, row=np.int32(row), history=history)
+    def remember(self, seen: jax.Array, slots: np.ndarray, histories: np.ndarray) -> jax.Array:
+        """What penalties count, with other histories.
+
+        Args:
+            seen: as of `decode`.
+            slots: int32 [ranks], one of each data rank, or their number for none.
+            histories: int32 [ranks, vocab].
+        """
+        return self._remember(seen=seen, slots=slots, histories=histories)
 
     def lower_prefill(
         self, layers: Layers, tokens: Any, counts: Any, placed: Placement
@@ -199,20 +205,64 @@ def _prefill(model: Forward, params, *, layers: Layers, tokens, counts, placed: 
     # The hidden states are not looked at, so that the compiler drops what only they need: the last layer's
     # experts and the final norm.
     _, cache = model.hidden(params, tokens, valid, HybridCache(layers, placed))
-    return cache.layers, model.everywhere(counts.sum())
+    return cache.layers, jnp.zeros((), jnp.int32)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The rows of a decode step, while it runs."""
+# What is known of rows is computed on the data rank that they lie on, inside of `Forward.by_row`: only tokens
+# and log-probabilities are exchanged, all at once at the end. The arguments of these functions are one
+# rank's.
 
-    layers: Layers
-    token: jax.Array
-    length: jax.Array
-    emitted: jax.Array
-    finished: jax.Array
-    seen: jax.Array | None
+
+def _enter(
+    states: RowStates, roster: Roster, entries: Entries, tables: jax.Array
+) -> tuple[RowStates, jax.Array]:
+    """The rows of a step out of their slots, or as the host says; and their tables."""
+    held = roster.slots < states.token.shape[0]
+
+    def of_row(kept: jax.Array, given: jax.Array) -> jax.Array:
+        return jnp.where(entries.begins, given, kept.at[roster.slots].get(mode="clip"))
+
+    rows = RowStates(
+        token=of_row(states.token, entries.token),
+        length=jnp.where(held, of_row(states.length, entries.length), 0),
+        emitted=of_row(states.emitted, entries.emitted),
+        finished=of_row(states.finished, jnp.zeros_like(held)) | ~held,
+    )
+    return rows, tables.at[roster.slots].get(mode="clip")
+
+
+def _choose(
+    step: jax.Array,
+    logits: jax.Array,
+    rows: RowStates,
+    roster: Roster,
+    seen: jax.Array | None,
+    found: jax.Array,
+) -> tuple[RowStates, jax.Array | None, jax.Array]:
+    """The next token of every row that runs; it is written to `found`, with its log-probability's bits."""
+    running = (~rows.finished).astype(jnp.int32)
+    if seen is None:
+        chosen = most_likely(logits)
+    else:
+        own = seen.at[roster.slots].get(mode="clip")
+        chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
+        seen = seen.at[roster.slots, chosen].add(running, mode="drop")
+    bits = lax.bitcast_convert_type(log_probabilities(logits, chosen), jnp.int32)
+    found = lax.dynamic_update_index_in_dim(found, jnp.stack([chosen, bits], axis=1), step, axis=1)
+    emitted = rows.emitted + running
+    ends = (chosen[:, None] == roster.end_ids).any(axis=1) | (emitted >= roster.limit)
+    rows = RowStates(
+        token=jnp.where(rows.finished, rows.token, chosen),
+        length=rows.length + running,
+        emitted=emitted,
+        finished=rows.finished | ends,
+    )
+    return rows, seen, found
+
+
+def _leave(states: RowStates, rows: RowStates, roster: Roster) -> RowStates:
+    """The rows of a step back into their slots."""
+    return jax.tree.map(lambda kept, value: kept.at[roster.slots].set(value, mode="drop"), states, rows)
 
 
 def _decode(
@@ -227,89 +277,43 @@ def _decode(
     tables,
     steps,
 ):
-    slots = states.token.shape[0]
-    index = roster.rows
-    held = index < slots
-    begins = entries.begins
-
-    def of_row(kept, given):
-        return jnp.where(begins, given, kept.at[index].get(mode="clip"))
-
-    start = _Rows(
-        layers=layers,
-        token=of_row(states.token, entries.token),
-        length=jnp.where(held, of_row(states.length, entries.length), 0),
-        emitted=of_row(states.emitted, entries.emitted),
-        finished=of_row(states.finished, jnp.zeros_like(held)) | ~held,
-        seen=seen,
-    )
-    table = tables.at[index].get(mode="clip")
+    start, table = model.by_row(_enter, states, roster, entries, tables)
 
     def one_step(carry):
-        step, rows, tokens, logprobs = carry
-        running = ~rows.finished
+        step, layers, rows, seen, found = carry
         placed = Placement(tables=table, slots=roster.slots, length=rows.length)
         # a finished row feeds a pad: its caches stand still
-        hidden, cache = model.hidden(
-            params, rows.token[:, None], running[:, None], HybridCache(rows.layers, placed)
-        )
+        tokens, running = rows.token[:, None], ~rows.finished[:, None]
+        hidden, cache = model.hidden(params, tokens, running, HybridCache(layers, placed))
         logits = model.logits(params, hidden[:, 0])
         with jax.named_scope("sampling"):
-            seen = rows.seen
-            if seen is None:
-                chosen = most_likely(logits)
-            else:
-                own = seen.at[index].get(mode="clip")
-                chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
-            logprob = log_probabilities(logits, chosen)
-            # Rows are divided among data ranks up to here. Everything else that is known of them is the same
-            # on every device, so that a step has this one exchange more, and no two that could overtake each
-            # other.
-            both = jnp.stack([chosen, lax.bitcast_convert_type(logprob, jnp.int32)])
-            chosen, logprob = model.everywhere(both)
-            logprob = lax.bitcast_convert_type(logprob, jnp.float32)
-            if seen is not None:
-                seen = seen.at[index, chosen].add(running.astype(jnp.int32), mode="drop")
-        emitted = rows.emitted + running.astype(jnp.int32)
-        ends = (chosen[:, None] == roster.end_ids).any(axis=1) | (emitted >= roster.limit)
-        rows = _Rows(
-            layers=cache.layers,
-            token=jnp.where(running, chosen, rows.token),
-            length=rows.length + running.astype(jnp.int32),
-            emitted=emitted,
-            finished=rows.finished | ends,
-            seen=seen,
-        )
-        tokens = lax.dynamic_update_index_in_dim(tokens, rows.token, step, axis=1)
-        logprobs = lax.dynamic_update_index_in_dim(logprobs, logprob, step, axis=1)
-        return step + 1, rows, tokens, logprobs
+            rows, seen, found = model.by_row(_choose, step, logits, rows, roster, seen, found)
+        return step + 1, cache.layers, rows, seen, found
 
     def unfinished(carry):
-        step, rows, _, _ = carry
+        step, _, rows, _, _ = carry
         return (step < steps) & ~rows.finished.all()
 
-    batch = index.shape[0]
-    nothing = (
-        jnp.int32(0),
-        start,
-        jnp.zeros((batch, BLOCK_STEPS), jnp.int32),
-        jnp.zeros((batch, BLOCK_STEPS), jnp.float32),
+    nothing = jnp.zeros((roster.slots.shape[0], BLOCK_STEPS, 2), jnp.int32)
+    carry = jnp.int32(0), layers, start, seen, model.by_row(lambda found: found, nothing)
+    _, layers, rows, seen, found = lax.while_loop(unfinished, one_step, carry)
+
+    def together(found, rows, start):
+        count = rows.emitted - start.emitted
+        return jnp.concatenate([found.reshape(len(count), -1), count[:, None]], axis=1)
+
+    whole = model.everywhere(model.by_row(together, found, rows, start))
+    found = whole[:, :-1].reshape(-1, BLOCK_STEPS, 2)
+    block = Block(
+        tokens=found[..., 0],
+        logprobs=lax.bitcast_convert_type(found[..., 1], jnp.float32),
+        count=whole[:, -1],
     )
-    _, rows, tokens, logprobs = lax.while_loop(unfinished, one_step, nothing)
-
-    def to_row(kept, value):
-        return kept.at[index].set(value, mode="drop")
-
-    after = RowStates(
-        token=to_row(states.token, rows.token),
-        length=to_row(states.length, rows.length),
-        emitted=to_row(states.emitted, rows.emitted),
-        finished=to_row(states.finished, rows.finished),
-    )
-    block = Block(tokens=tokens, logprobs=logprobs, count=rows.emitted - start.emitted)
-    seen = None if rows.seen is None else model.everywhere(rows.seen)
-    return rows.layers, model.everywhere(after), seen, model.everywhere(block)
+    return layers, model.by_row(_leave, states, rows, roster), seen, block
 
 
-def _remember(model: Forward, *, seen, row, history) -> jax.Array:
-    return model.everywhere(seen.at[row].set(history))
+def _remember(model: Forward, *, seen, slots, histories) -> jax.Array:
+    def write(seen, slots, histories):
+        return seen.at[slots].set(histories, mode="drop")
+
+    return model.by_row(write, seen, slots, histories)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -114,6 +115,11 @@ class MeshForward:
             )
             self._makers[key] = jax.jit(make, out_shardings=shardings)
         return self._makers[key]()
+
+    def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """Each data rank computes its own rows."""
+        specs = jax.tree.map(lambda x: self._batch if jnp.ndim(x) else PartitionSpec(), trees)
+        return jax.shard_map(function, mesh=self.layout.mesh, in_specs=specs, out_specs=self._batch)(*trees)
 
     def everywhere(self, tree: Any) -> Any:
         """Arrays whole on every device."""

@@ -39,7 +39,6 @@ def decode(model, pools):
     slots, rows = given("int32", SLOTS), given("int32", ROWS)
     states = RowStates(token=slots, length=slots, emitted=slots, finished=given("bool", SLOTS))
     roster = Roster(
-        rows=rows,
         slots=rows,
         limit=rows,
         end_ids=given("int32", ROWS, END_IDS),
