@@ -47,8 +47,8 @@ class Placement:
 
     Attributes:
         tables: int32 [rows, width], the pages of a row in order; an id that no page has stands for "none".
-        slots: int32 [rows], each row's own; the number of slots stands for "none": such a row reads zeros
-            and writes nothing.
+        slots: int32 [rows], each row's own; the number of slots stands for "none": what such a row reads
+            means nothing, and it writes nothing.
         length: int32 [rows], valid tokens that a row has left behind.
     """
 

@@ -202,8 +202,8 @@ def _recur(
 
 
 def read_slots(pool: jax.Array, slots: jax.Array) -> jax.Array:
-    """Entries of a pool [slots, ...] for int32 [batch]; zeros for a row without a slot."""
-    return pool.at[slots].get(mode="fill", fill_value=0)
+    """Entries of a pool [slots, ...] for int32 [batch]; what a row without a slot gets means nothing."""
+    return pool.at[slots].get(mode="clip")
 
 
 def write_slots(pool: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:

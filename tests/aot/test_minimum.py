@@ -37,8 +37,11 @@ FLOAT32, BFLOAT16 = (DtypePolicy(compute=d, matrix=d) for d in map(jnp.dtype, (j
 # 1.9 to 2.6 % of all at these sizes.
 ELEMENTWISE = 0.03
 # On a mesh, with smaller sizes, the sums over ranks are counted too, and of the loop over tokens' experts one
-# turn: 2.0 to 5.4 %.
-ELEMENTWISE_ON_A_MESH = 0.07
+# turn, and what keeps unwritten keys out: 2.0 to 7.3 %.
+ELEMENTWISE_ON_A_MESH = 0.08
+# The plain form puts a row's state back into its slot by a scatter, in which XLA counts four to five
+# operations an element (`write_slots`); the delta rule has seven.
+SCATTER = 5 / 7
 
 # Wide enough for products to be nearly all there is; every kind of product is a good part of it.
 WIDE: dict[str, Any] = {
@@ -125,7 +128,8 @@ def wide_work(seed: int) -> tuple[Layout, Work]:
 def test_flops_of_a_token_are_those_that_xla_counts(seed: int) -> None:
     layout, work = wide_work(seed)
     counted = compiled_step(layout, 1, 256).cost_analysis()["flops"]
-    assert work.total_flops <= counted <= (1 + ELEMENTWISE) * work.total_flops
+    scatter = SCATTER * work.flops["delta rule"]
+    assert work.total_flops <= counted <= (1 + ELEMENTWISE) * work.total_flops + scatter
 
 
 def test_no_part_is_so_small_that_a_wrong_one_would_hide_in_the_tolerance() -> None:
@@ -140,7 +144,8 @@ def test_flops_of_a_device_of_a_mesh_are_those_that_xla_counts(index: int) -> No
     work = least_work(layout, FLOAT32, batch=BATCH, tokens=1, context=CAPACITY - 1)
     counted = compiled.cost_analysis()["flops"]
     routed = work.flops["routed experts"]
-    assert work.total_flops - routed <= counted <= (1 + ELEMENTWISE_ON_A_MESH) * work.total_flops
+    most = (1 + ELEMENTWISE_ON_A_MESH) * work.total_flops + SCATTER * work.flops["delta rule"]
+    assert work.total_flops - routed <= counted <= most
     assert routed < ELEMENTWISE_ON_A_MESH * work.total_flops
 
 
