@@ -4,6 +4,7 @@ import functools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -228,6 +229,11 @@ def tokens_alone(row: int) -> list[int]:
     return model().generate([ROWS[row].tolist()], max_new_tokens=NEW_TOKENS).sequences[0]
 
 
+def bits() -> dict[str, Any]:
+    """Options under which every bit of a row can be looked at."""
+    return {"max_new_tokens": NEW_TOKENS, "return_logprobs": True}
+
+
 @pytest.mark.slow
 def test_a_ragged_batch_generates_what_each_row_generates_alone() -> None:
     alone = [tokens_alone(row) for row in range(len(ROWS))]
@@ -241,23 +247,24 @@ def test_a_ragged_batch_generates_what_each_row_generates_alone() -> None:
 def test_a_row_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     others = [random_ids(CONFIG, length, 99) for length in LENGTHS]
     batch = [ROWS[0], others[1], others[2]]
-    both = model().generate([row.tolist() for row in batch], max_new_tokens=NEW_TOKENS, return_logprobs=True)
-    base = model().generate([row.tolist() for row in ROWS], max_new_tokens=NEW_TOKENS, return_logprobs=True)
-    assert both.sequences[0] == base.sequences[0]
-    assert both.logprobs is not None
-    assert base.logprobs is not None
-    np.testing.assert_array_equal(both.logprobs[0], base.logprobs[0])
+    with model().engine(max_rows=4, prefix_cache=False) as engine:
+        both, base = (dict(engine.run([row.tolist() for row in rows], bits()))[0] for rows in (batch, ROWS))
+    assert both.sequences == base.sequences
+    assert both.logprobs == base.logprobs
 
 
 @pytest.mark.slow
 def test_a_model_that_was_used_generates_bitwise_what_a_fresh_one_does() -> None:
     """No state survives a call (llama.cpp #29092)."""
     a, b = ROWS[1].tolist(), ROWS[2].tolist()
-    used = QwenMoe.from_pretrained(folder(), dtype="auto")
-    used.generate([a], max_new_tokens=NEW_TOKENS)
-    used.generate([a, b, b], max_new_tokens=5)
-    fresh = QwenMoe.from_pretrained(folder(), dtype="auto")
-    first, second = (m.generate([b], max_new_tokens=NEW_TOKENS, return_logprobs=True) for m in (used, fresh))
+    with (
+        model().engine(max_rows=4, prefix_cache=False) as used,
+        model().engine(max_rows=4, prefix_cache=False) as fresh,
+    ):
+        used.submit(a, **bits()).result()
+        for _ in used.run([a, b, b], bits()):
+            pass
+        first, second = (engine.submit(b, **bits()).result() for engine in (used, fresh))
     assert first.sequences == second.sequences
     assert first.logprobs == second.logprobs
 

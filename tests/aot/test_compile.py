@@ -98,6 +98,8 @@ def assert_collectives(program: ProgramReport, a_layer: dict[str, int], layers: 
     for one in program.collectives:
         found[one.kind] += round(one.count)
         assert one.group == EXPERT_RANKS
+    if program.program == "prefill":
+        layers -= 1  # of the last one only keys and values are wanted
     expected = Counter({kind: layers * count for kind, count in a_layer.items()})
     expected["all-reduce"] += 1
     if program.program == "decode":
@@ -122,8 +124,11 @@ def assert_no_stack_is_copied(deployment: Deployment, module: Module) -> None:
 def assert_memory_is_as_planned(report: CompileReport, program: ProgramReport) -> None:
     planned = sum(report.weights.values()) + report.kv + report.state
     if program.program == "prefill":
-        planned -= report.weights["lm_head"]  # a chunk does not need it
-    assert program.arguments == pytest.approx(planned, rel=MEMORY_TOLERANCE)
+        # a chunk needs no logits, and so neither lm_head nor the last layer's experts
+        unneeded = report.weights["lm_head"] + report.weights["routed experts"] // 2
+        assert report.kv + report.state < program.arguments <= planned - unneeded
+    else:
+        assert program.arguments == pytest.approx(planned, rel=MEMORY_TOLERANCE)
     # caches are updated where they are, and so is what else a call is donated
     assert report.kv + report.state <= program.donated <= 1.02 * (report.kv + report.state)
 
@@ -159,8 +164,10 @@ def test_every_program_compiles_and_keeps_its_promises(
     assert_memory_is_as_planned(report, found)
     assert_only_known_calls(found)
     assert found.temporaries < MOST_TEMPORARIES
-    assert found.custom_calls["grouped_gate_up"] == found.custom_calls["grouped_down"] == 2
-    assert found.custom_calls["flash_attention"] == 1
+    # a layer of each kind; in prefill the last one, of attention, only writes its keys and values
+    layers = 2 if program == "decode" else 1
+    assert found.custom_calls["grouped_gate_up"] == found.custom_calls["grouped_down"] == layers
+    assert found.custom_calls.get("flash_attention", 0) == layers - 1
     if program == "decode":
         assert found.traffic_ratio <= LARGEST_TRAFFIC
     if dispatch == "psum":
