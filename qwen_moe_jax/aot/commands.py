@@ -40,6 +40,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse
     command.add_argument(
         "--hosts", type=int, default=1, help="that the devices are divided among (default 1)"
     )
+    command.add_argument("--mean-context", type=int, metavar="N", help="tokens that rows hold on average")
     command.add_argument("--program", choices=("prefill", "decode"), help="only this one")
     command.add_argument("--layers", type=int, metavar="N", help="only the first N layers, for a quick look")
     command.add_argument(
@@ -125,6 +126,7 @@ def _compile(options: argparse.Namespace) -> int:
         **sizes,
         batch=options.batch,
         context=options.context,
+        mean_context=options.mean_context,
         kernels=kernels_asked(options.kernels),
         hosts=options.hosts,
         **{name: getattr(options, name) for name in choices},

@@ -37,6 +37,7 @@ def make_deployment(
     tensor: int = 1,
     batch: int,
     context: int,
+    mean_context: int | None = None,
     kernels: Any = "auto",
     hosts: int = 1,
     **choices: Any,
@@ -49,6 +50,7 @@ def make_deployment(
         data, expert, tensor: sizes of the mesh.
         batch: rows of the whole mesh.
         context: tokens that a row may hold.
+        mean_context: tokens that rows hold on average, where their lengths differ; None means all they may.
         kernels: as of `make_kernels`.
         hosts: that the devices are divided among.
         **choices: attention, shared_expert, expert_dispatch and exact, as of `Layout`; a shared expert that
@@ -65,6 +67,8 @@ def make_deployment(
         raise InputError(
             f"context is {context}; expected at most the model's {config.max_position_embeddings} tokens."
         )
+    if mean_context is not None and not 1 <= mean_context <= context:
+        raise InputError(f"mean_context is {mean_context}; expected 1 to the context's {context} tokens.")
     if choices.get("shared_expert") == "auto":
         choices["shared_expert"] = "outside" if choices.get("exact") else "sharded"
     count = data * expert * tensor
@@ -74,7 +78,7 @@ def make_deployment(
     mesh = make_mesh(data, expert, tensor, devices=devices)
     layout = Layout(config, mesh, ragged=True, **choices)
     policy = DtypePolicy(compute=_BFLOAT16, matrix=_BFLOAT16)
-    return Deployment(layout, policy, make_kernels(device.arch, kernels), batch, context)
+    return Deployment(layout, policy, make_kernels(device.arch, kernels), batch, context, mean_context)
 
 
 def compile_deployment(

@@ -9,6 +9,7 @@ from qwen_moe_jax.aot.hlo import CollectiveOperation
 from qwen_moe_jax.aot.minimum import Roofline, Work
 from qwen_moe_jax.checkpoint.inspect import size_in_words
 from qwen_moe_jax.devices import Device
+from qwen_moe_jax.formats.cache import PAGE, pages_for
 
 # Of a device's memory, what a process is to be given (XLA_PYTHON_CLIENT_MEM_FRACTION); see docs/amd.md.
 FRACTION = 0.95
@@ -185,7 +186,7 @@ class CompileReport:
                 f"{self.model} in {self.dtype} on {self.count} x {self.device.name} ({self.device.arch}), "
                 f"compiled, not run",
                 f"{self.layout}",
-                f"batch {self.batch} with {self.context} tokens each (room for {self.capacity})",
+                f"batch {self.batch} with {self.context} tokens each ({pages_for(self.context)} pages of {PAGE})",
                 "a device holds",
                 f"  weights        {size_in_words(sum(self.weights.values()))}: {weights}",
                 f"  keys, values   {size_in_words(self.kv)}",
