@@ -125,7 +125,25 @@ def test_in_any_schedule_a_request_gets_what_it_gets_alone(seed: int) -> None:
 @pytest.mark.parametrize("seed", [3, 22, 7])
 def test_in_a_hundred_schedules_a_request_gets_what_it_gets_alone(seed: int) -> None:
     check_schedules(seed, 20, 100)
-    assert engines(seed)[1].stats().preemptions > 0
+
+
+def test_rows_that_gave_their_pages_back_go_on_with_the_same_tokens() -> None:
+    model, _ = one_device(22)  # with layers of attention: pages take memory
+    forward = model._steps.forward
+    vocab = model.config.vocab_size
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, vocab, 50).tolist() for _ in range(3)]
+    options = [
+        {"max_new_tokens": 100, "eos_token_id": [], "seed": n, **OPTIONS[2 * (n % 2)]} for n in range(3)
+    ]
+    memory = 3 * forward.state_bytes + 6 * forward.page_bytes
+    with model.engine(max_rows=3, memory=memory, prefix_cache=False) as tight:
+        found = dict(tight.run(prompts, options))
+        assert tight.stats().preemptions > 0
+        assert tight.stats().free_pages == tight.stats().pages
+    with model.engine(max_rows=1, memory=1 << 25, prefix_cache=False) as alone:
+        for number, (prompt, given) in enumerate(zip(prompts, options, strict=True)):
+            assert alone.submit(prompt, **given).result().sequences == found[number].sequences
 
 
 MESHES = [
