@@ -186,7 +186,8 @@ class CompileReport:
                 f"{self.model} in {self.dtype} on {self.count} x {self.device.name} ({self.device.arch}), "
                 f"compiled, not run",
                 f"{self.layout}",
-                f"batch {self.batch} with {self.context} tokens each ({pages_for(self.context)} pages of {PAGE})",
+                f"batch {self.batch} with {self.context} tokens each "
+                f"({pages_for(self.context)} pages of {PAGE})",
                 "a device holds",
                 f"  weights        {size_in_words(sum(self.weights.values()))}: {weights}",
                 f"  keys, values   {size_in_words(self.kv)}",
