@@ -190,13 +190,15 @@ def test_a_closed_engine_ends_what_runs_and_takes_no_more(model):
 
 def test_a_step_that_fails_is_told_to_everyone_and_the_next_request_works(model, expected, monkeypatch):
     with model.engine(max_rows=2, memory=64 << 20) as made:
-        broken = made._core
+        broken, submitted = made._core, threading.Event()
 
         def fail() -> bool:
+            submitted.wait()  # all are to be in the step that fails
             raise MemoryError("no memory for the step")
 
         monkeypatch.setattr(broken, "advance", fail)
         requests = [made.submit(chat) for chat in CHATS[:3]]
+        submitted.set()
         for request in requests:
             with pytest.raises(EngineError, match="no memory for the step"):
                 request.result()
