@@ -166,6 +166,11 @@ def solve_unit_lower(system: jax.Array, wanted: jax.Array) -> jax.Array:
     Returns:
         [..., n, columns].
     """
+    # Few dimensions: a product summed over one of seven crashes XLA:CPU of jaxlib 0.10.2 to 0.11.0
+    # (jax issues 39257 and 40412).
+    leading = wanted.shape[:-2]
+    system = system.reshape(-1, *system.shape[-2:])
+    wanted = wanted.reshape(-1, *wanted.shape[-2:])
     starts = range(0, system.shape[-1], _BLOCK)
     diagonal = jnp.stack([system[..., s : s + _BLOCK, s : s + _BLOCK] for s in starts], axis=-3)
     identity = vary_like(jnp.broadcast_to(jnp.eye(_BLOCK, dtype=system.dtype), diagonal.shape), system)
@@ -187,7 +192,7 @@ def solve_unit_lower(system: jax.Array, wanted: jax.Array) -> jax.Array:
             rest = rest - _einsum("...ij,...jk->...ik", known, solved)
         part = _einsum("...ij,...jk->...ik", inverse[..., block, :, :], rest)
         solved = jnp.concatenate([solved, part], axis=-2)
-    return solved
+    return solved.reshape(*leading, *solved.shape[-2:])
 
 
 def _split_heads(x: jax.Array, chunks: int, size: int, dtype: jnp.dtype) -> jax.Array:
