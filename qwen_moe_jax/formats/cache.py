@@ -42,6 +42,20 @@ LayerCache = KVCache | DeltaNetCache
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DeltaNetInputs:
+    """What one Gated DeltaNet layer is to write of tokens of which some will be taken back: with these, the
+    first few are written once it is known how many (`GatedDeltaNet.accept`)."""
+
+    mixed: jax.Array  # [rows, seq, channels], the convolution's inputs
+    g: jax.Array  # float32 [rows, seq, value_heads], log decay; 0 for pads
+    beta: jax.Array  # float32 [rows, seq, value_heads], write strength; 0 for pads
+
+
+LookedAt = KVCache | DeltaNetInputs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """Where rows lie in the pools.
 
@@ -185,15 +199,16 @@ def move_states(
 
     Args:
         to, given: a pool each layer.
-        places: int32 [moves], entries of `to`; the first one that it has not ends the list.
+        places: int32 [moves], entries of `to`; nothing goes to one that it has not.
         sources: int32 [moves], entries of `given`; one that it has not stands for a state that has seen
             nothing.
     """
     entries, there = to[0].conv.shape[0], given[0].conv.shape[0]
-    count = jnp.cumprod(places < entries).sum()
+    moves = places < entries
+    order, count = jnp.argsort(~moves, stable=True), moves.sum()
 
     def one(index: jax.Array, pools: tuple[DeltaNetCache, ...]) -> tuple[DeltaNetCache, ...]:
-        source, place = sources[index], places[index]
+        source, place = sources[order[index]], places[order[index]]
 
         def copied(pool: jax.Array, other: jax.Array) -> jax.Array:
             entry = lax.dynamic_index_in_dim(other, jnp.minimum(source, there - 1), keepdims=False)

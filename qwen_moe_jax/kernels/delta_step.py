@@ -1,4 +1,4 @@
-"""One step of the gated delta rule with its state read once and written once (Pallas, lowered by Triton).
+"""A few steps of the gated delta rule with the state read once and written once (Pallas, lowered by Triton).
 
 The recurrence of `model/delta_rule.py`, per row and value head, with state S [Dk, Dv]:
 
@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -30,48 +31,53 @@ def delta_step(
     g: jax.Array,
     beta: jax.Array,
     *,
+    keep: bool = False,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row.
+    """Some tokens a row, one after another.
 
     Args:
         state: float32 [slots, heads, Dk, Dv], whose memory the new one takes over.
         slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and its
-        output
-            means nothing. No two rows have the same.
-        query, key: float32 [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
-        value: [batch, heads, Dv].
-        g: float32 [batch, heads], log decay.
-        beta: float32 [batch, heads], write strength.
+            output means nothing. No two rows have the same.
+        query, key: float32 [batch, seq, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
+        value: [batch, seq, heads, Dv].
+        g: float32 [batch, seq, heads], log decay.
+        beta: float32 [batch, seq, heads], write strength.
+        keep: the states stay as they are, and are not written.
         interpret: as of `launch`.
 
     Returns:
-        (output float32 [batch, heads, Dv], the states of all slots).
+        (output float32 [batch, seq, heads, Dv], the states of all slots).
     """
     heads, key_dim, value_dim = state.shape[1:]
-    batch, changed = slots.shape[0], slots.shape[0] * heads * key_dim * value_dim
+    batch, touched = slots.shape[0], slots.shape[0] * heads * key_dim * value_dim
+    tokens = value.shape[1]
     width = min(_COLUMNS, 1 << (value_dim - 1).bit_length())
     length = 1 << (key_dim - 1).bit_length()
-    output, state = launch(
-        partial(_kernel, ratio=heads // key.shape[1], width=width, length=length),
+    results = [jax.ShapeDtypeStruct(value.shape, jnp.float32)]
+    if not keep:
+        results.append(jax.ShapeDtypeStruct(state.shape, jnp.float32))
+    output, *changed = launch(
+        partial(_kernel, ratio=heads // key.shape[2], tokens=tokens, width=width, length=length),
         [state, slots, query, key, value.astype(jnp.float32), g, beta],
-        [jax.ShapeDtypeStruct(value.shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
+        results,
         grid=(pl.cdiv(value_dim, width), heads, batch),
         name="delta_step",
         cost=KernelCost(
-            flops=7.0 * changed,
-            bytes=4.0 * (2 * changed + query.size + key.size + 2 * value.size + g.size + beta.size),
+            flops=7.0 * touched * tokens,
+            bytes=4.0 * ((2 - keep) * touched + query.size + key.size + 2 * value.size + g.size + beta.size),
         ),
         schedule=Schedule(warps=4, stages=1),
         interpret=interpret,
         # the states of before are not needed again
-        aliases={0: 1},
+        aliases={} if keep else {0: 1},
     )
-    return output, state
+    return output, changed[0] if changed else state
 
 
 def _kernel(
-    state_ref, slot_ref, q_ref, k_ref, v_ref, g_ref, beta_ref, out_ref, new_ref, *, ratio, width, length
+    state_ref, slot_ref, q_ref, k_ref, v_ref, g_ref, beta_ref, out_ref, *new_ref, ratio, tokens, width, length
 ):
     column, head, row = pl.program_id(0) * width, pl.program_id(1), pl.program_id(2)
     entries, _, key_dim, value_dim = state_ref.shape
@@ -81,14 +87,21 @@ def _kernel(
     down, across = jnp.arange(length) < key_dim, column + jnp.arange(width) < value_dim
     mask = down[:, None] & across[None, :]
     lines, columns = pl.ds(0, length), pl.ds(column, width)
-    key = plt.load(k_ref.at[row, head // ratio, lines], mask=down, other=0)
-    query = plt.load(q_ref.at[row, head // ratio, lines], mask=down, other=0)
-    value = plt.load(v_ref.at[row, head, columns], mask=across, other=0)
     mine = mask & held
     state = plt.load(state_ref.at[slot, head, lines, columns], mask=mine, other=0)
-    state = state * jnp.exp(g_ref[row, head])
-    recalled = jnp.sum(state * key[:, None], axis=0)
-    correction = (value - recalled) * beta_ref[row, head]
-    state = state + key[:, None] * correction[None, :]
-    plt.store(new_ref.at[slot, head, lines, columns], state, mask=mine)
-    plt.store(out_ref.at[row, head, columns], jnp.sum(state * query[:, None], axis=0), mask=across)
+
+    def one_token(token, state):
+        key = plt.load(k_ref.at[row, token, head // ratio, lines], mask=down, other=0)
+        query = plt.load(q_ref.at[row, token, head // ratio, lines], mask=down, other=0)
+        value = plt.load(v_ref.at[row, token, head, columns], mask=across, other=0)
+        state = state * jnp.exp(g_ref[row, token, head])
+        recalled = jnp.sum(state * key[:, None], axis=0)
+        correction = (value - recalled) * beta_ref[row, token, head]
+        state = state + key[:, None] * correction[None, :]
+        read = jnp.sum(state * query[:, None], axis=0)
+        plt.store(out_ref.at[row, token, head, columns], read, mask=across)
+        return state
+
+    state = lax.fori_loop(0, tokens, one_token, state)
+    for ref in new_ref:
+        plt.store(ref.at[slot, head, lines, columns], state, mask=mine)

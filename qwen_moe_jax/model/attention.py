@@ -11,7 +11,7 @@ from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.formats.cache import KVCache
-from qwen_moe_jax.kernels.cpu.calls import native_attention
+from qwen_moe_jax.kernels.cpu.calls import native_append, native_attention
 from qwen_moe_jax.kernels.flash_attention import attend
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.kernels.varying import vary_like
@@ -177,7 +177,7 @@ class GatedAttention(nnx.Module):
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
 
-        places = jnp.where(valid, positions, tables.shape[1] * cache.k.shape[1])
+        places = self._places(valid, positions, tables, cache)
         # a pad sees what its row's last token does: nobody has written behind it
         last = positions[:, :1] + valid.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
         seen = jnp.minimum(positions, last)
@@ -202,3 +202,26 @@ class GatedAttention(nnx.Module):
                 mixed = blockwise_attention(query, cache.k, cache.v, seen, tables)
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache
+
+    def remember(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        positions: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        tables: jax.Array,
+        cache: KVCache,
+    ) -> KVCache:
+        """The cache that `__call__` gives, without what its queries read."""
+        batch, seq, _ = x.shape
+        products = linears(x, [held.matrix() for held in (self.k_proj, self.v_proj)], kernels=self.kernels)
+        key, value = (product.reshape(batch, seq, -1, self.config.head_dim) for product in products)
+        key = apply_rotary(rms_norm(key, self.k_norm.weight[...], self.config.rms_norm_eps), *rotary)
+        places = self._places(valid, positions, tables, cache)
+        if self.kernels.pick("attention", x.dtype.name, seq) == "native":
+            return native_append(key, value, places, tables, cache, self.kernels.variant)
+        return append_keys(cache, key, value, places, tables)
+
+    def _places(self, valid: jax.Array, positions: jax.Array, tables: jax.Array, cache: KVCache) -> jax.Array:
+        """Where keys go: to their positions, and a pad's nowhere."""
+        return jnp.where(valid, positions, tables.shape[1] * cache.k.shape[1])

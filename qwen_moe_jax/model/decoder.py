@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
-from qwen_moe_jax.formats.cache import HybridCache, KVCache, LayerCache, Placement
+from qwen_moe_jax.formats.cache import (
+    DeltaNetCache,
+    DeltaNetInputs,
+    HybridCache,
+    KVCache,
+    LayerCache,
+    LookedAt,
+    Placement,
+)
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import GatedAttention
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
@@ -84,6 +92,27 @@ class DecoderLayer(nnx.Module):
             else:
                 part, cache = self.linear_attn(normed, step.valid, step.rows.slots, cache)
             return self.ranks.sum_heads(part), cache
+
+    def look(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LookedAt]:
+        """As `__call__` for a few tokens, of which a Gated DeltaNet layer writes nothing yet."""
+        if isinstance(cache, KVCache):
+            mixed, looked = self.mix(x, step, cache)
+            assert isinstance(looked, KVCache)
+        else:
+            with jax.named_scope("gated_delta_net"):
+                normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+                part, looked = self.linear_attn.look(normed, step.valid, step.rows.slots, cache)
+                mixed = self.ranks.sum_heads(part)
+        x = x + mixed
+        return x + self.feed(x, step.valid), looked
+
+    def remember(self, x: jax.Array, step: Step, cache: KVCache) -> KVCache:
+        """The cache after an attention layer, without what its queries read."""
+        with jax.named_scope("gated_attention"):
+            normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+            return self.self_attn.remember(
+                normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
+            )
 
     def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """What the mixture of experts adds to the residual stream x."""
@@ -167,6 +196,56 @@ class Decoder(nnx.Module):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
         return self.finish(x), cache.after(layers, valid)
+
+    def look(
+        self, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, tuple[LookedAt, ...]]:
+        """Runs a few tokens of which some will be taken back: drafts, to be verified.
+
+        Keys and values are written: those behind a row's length are never read. Recurrent states and
+        convolution inputs stay as they are until `accept`.
+
+        Args:
+            tokens, valid, cache: as of `__call__`.
+
+        Returns:
+            (hidden states as of `__call__`, what `accept` takes).
+        """
+        step = self.step(valid, cache.rows)
+        x = self.embed(tokens, valid)
+        looked = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, one = layer.look(x, step, layer_cache)
+            looked.append(one)
+        return self.finish(x), tuple(looked)
+
+    def accept(
+        self,
+        looked: tuple[LookedAt, ...],
+        counts: jax.Array,
+        slots: jax.Array,
+        layers: tuple[LayerCache, ...],
+    ) -> tuple[LayerCache, ...]:
+        """Writes the first tokens of a `look`.
+
+        Args:
+            looked: its result.
+            counts: int32 [batch], tokens of each row that stay.
+            slots: int32 [batch], each row's own.
+            layers: the pools as they were for it.
+
+        Returns:
+            the pools after these tokens.
+        """
+        written: list[LayerCache] = []
+        for layer, one, before in zip(self.layers, looked, layers, strict=True):
+            if isinstance(one, DeltaNetInputs):
+                assert isinstance(before, DeltaNetCache)
+                with jax.named_scope("gated_delta_net"):
+                    written.append(layer.linear_attn.accept(one, counts, slots, before))
+            else:
+                written.append(one)
+        return tuple(written)
 
     def step(self, valid: jax.Array, rows: Placement, rope_positions: jax.Array | None = None) -> Step:
         """What the layers need to know of tokens that follow those of `rows`."""

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.formats.cache import DeltaNetCache
-from qwen_moe_jax.kernels.cpu.calls import native_conv, native_delta_chunks, native_delta_step
+from qwen_moe_jax.formats.cache import DeltaNetCache, DeltaNetInputs
+from qwen_moe_jax.kernels.cpu.calls import (
+    native_conv,
+    native_delta_chunks,
+    native_delta_look,
+    native_delta_step,
+)
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
+from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan, delta_rule_step
 from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
@@ -129,25 +134,49 @@ class GatedDeltaNet(nnx.Module):
             (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache after this call's
             valid tokens, in which slots of other rows are as they were).
         """
-        c = self.config
-        batch, seq, _ = x.shape
+        inputs, gate = self._project(x, valid)
+        tokens, conv = self._read(inputs, slots, cache, valid.sum(axis=1, dtype=jnp.int32))
+        output, state = _recur(self.kernels, tokens, cache.state, slots, x.dtype.name)
+        return self._leave(output, gate, x.dtype), DeltaNetCache(conv=conv, state=state)
+
+    def look(
+        self, x: jax.Array, valid: jax.Array, slots: jax.Array, cache: DeltaNetCache
+    ) -> tuple[jax.Array, DeltaNetInputs]:
+        """The output of `__call__` for a few tokens, of which nothing is written.
+
+        Returns:
+            (as of `__call__`; what `accept` needs to write them).
+        """
+        inputs, gate = self._project(x, valid)
+        # convolution inputs are small: each row's are copied, and the copies go
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+        copied = DeltaNetCache(conv=read_slots(cache.conv, slots), state=cache.state)
+        tokens, _ = self._read(inputs, rows, copied, valid.sum(axis=1, dtype=jnp.int32))
+        output, _ = _few(self.kernels, tokens, cache.state, slots, x.dtype.name, keep=True)
+        return self._leave(output, gate, x.dtype), inputs
+
+    def accept(
+        self, inputs: DeltaNetInputs, counts: jax.Array, slots: jax.Array, cache: DeltaNetCache
+    ) -> DeltaNetCache:
+        """Writes the first tokens of a `look`.
+
+        Args:
+            inputs: of the look.
+            counts: int32 [batch], tokens of each row to write, 0 for none.
+            slots, cache: as they were for it.
+        """
+        token = (jnp.arange(inputs.g.shape[1]) < counts[:, None])[..., None]
+        taken = DeltaNetInputs(
+            mixed=inputs.mixed, g=jnp.where(token, inputs.g, 0), beta=jnp.where(token, inputs.beta, 0)
+        )
+        tokens, conv = self._read(taken, slots, cache, counts)
+        _, state = _few(self.kernels, tokens, cache.state, slots, inputs.mixed.dtype.name, keep=False)
+        return DeltaNetCache(conv=conv, state=state)
+
+    def _project(self, x: jax.Array, valid: jax.Array) -> tuple[DeltaNetInputs, jax.Array]:
+        """What is to be convolved, decay and write strength; and the output's gate."""
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         mixed, gate, b, a = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
-        weight, counts = self.conv1d.weight[...][:, 0], valid.sum(axis=1, dtype=jnp.int32)
-        sizes = {
-            "key_dim": c.linear_key_head_dim,
-            "heads": self.A_log[...].shape[0],
-            "value_dim": c.linear_value_head_dim,
-        }
-        if self.kernels.pick("conv", x.dtype.name, seq) == "native":
-            query, key, value, conv = native_conv(
-                mixed, weight, cache.conv, slots, counts, **sizes, variant=self.kernels.variant
-            )
-        else:
-            carried = read_slots(cache.conv, slots)
-            query, key, value, carried = conv_heads(mixed, weight, carried, counts, **sizes)
-            conv = write_slots(cache.conv, slots, carried)
-
         wide = jnp.promote_types(x.dtype, jnp.float32)
         beta = jax.nn.sigmoid(b).astype(wide)
         g = -jnp.exp(self.A_log[...].astype(wide)) * jax.nn.softplus(
@@ -155,14 +184,41 @@ class GatedDeltaNet(nnx.Module):
         )
         # A pad decays nothing, writes nothing: the state passes through unchanged.
         token = valid[..., None]
-        g, beta = jnp.where(token, g, 0), jnp.where(token, beta, 0)
+        inputs = DeltaNetInputs(mixed=mixed, g=jnp.where(token, g, 0), beta=jnp.where(token, beta, 0))
+        return inputs, gate
 
-        output, state = _recur(self.kernels, (query, key, value, g, beta), cache.state, slots, x.dtype.name)
+    def _read(
+        self, inputs: DeltaNetInputs, slots: jax.Array, cache: DeltaNetCache, counts: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """(query, key, value, g and beta as of `delta_rule_chunked`; convolution inputs after `counts`
+        tokens of each row)."""
+        c, x = self.config, inputs.mixed
+        weight = self.conv1d.weight[...][:, 0]
+        sizes = {
+            "key_dim": c.linear_key_head_dim,
+            "heads": self.A_log[...].shape[0],
+            "value_dim": c.linear_value_head_dim,
+        }
+        if self.kernels.pick("conv", x.dtype.name, x.shape[1]) == "native":
+            query, key, value, conv = native_conv(
+                x, weight, cache.conv, slots, counts, **sizes, variant=self.kernels.variant
+            )
+        else:
+            carried = read_slots(cache.conv, slots)
+            query, key, value, carried = conv_heads(x, weight, carried, counts, **sizes)
+            conv = write_slots(cache.conv, slots, carried)
+        return (query, key, value, inputs.g, inputs.beta), conv
 
-        gate = gate.reshape(output.shape)
-        normed = gated_rms_norm(output.astype(x.dtype), gate, self.norm.weight[...], c.rms_norm_eps)
-        out = self.ranks.head_product(normed.reshape(batch, seq, -1), self.out_proj.matrix(), self.kernels)
-        return out, DeltaNetCache(conv=conv, state=state)
+    def _leave(self, output: jax.Array, gate: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The layer's output from what the delta rule reads."""
+        normed = gated_rms_norm(
+            output.astype(dtype),
+            gate.reshape(output.shape),
+            self.norm.weight[...],
+            self.config.rms_norm_eps,
+        )
+        flat = normed.reshape(*normed.shape[:2], -1)
+        return self.ranks.head_product(flat, self.out_proj.matrix(), self.kernels)
 
 
 def _recur(
@@ -181,24 +237,47 @@ def _recur(
         (output [batch, seq, heads, Dv], states after the last token).
     """
     seq = tokens[0].shape[1]
-    by_kernel = state.dtype == jnp.float32
-    if seq > 1:
-        query, key, value, g, beta = tokens
-        if by_kernel and kernels.pick("delta_chunks", dtype, seq) == "native":
-            return native_delta_chunks(query, key, value, g, beta, state, slots, kernels.variant)
-        output, after = delta_rule_chunked(query, key, value, g, beta, read_slots(state, slots))
-        return output, write_slots(state, slots, after)
-    query, key, value, g, beta = (x[:, 0] for x in tokens)
-    chosen = kernels.pick("delta_step", dtype, seq)
-    if by_kernel and chosen == "pallas_step":
-        output, state = delta_step(state, slots, query, key, value, g, beta, interpret=kernels.interpret)
-    elif by_kernel and chosen == "native":
-        output, state = native_delta_step(state, slots, query, key, value, g, beta, kernels.variant)
-    else:
+    if seq == 1:
+        return _few(kernels, tokens, state, slots, dtype, keep=False)
+    query, key, value, g, beta = tokens
+    if state.dtype == jnp.float32 and kernels.pick("delta_chunks", dtype, seq) == "native":
+        return native_delta_chunks(query, key, value, g, beta, state, slots, kernels.variant)
+    output, after = delta_rule_chunked(query, key, value, g, beta, read_slots(state, slots))
+    return output, write_slots(state, slots, after)
+
+
+def _few(
+    kernels: Kernels,
+    tokens: tuple[jax.Array, ...],
+    state: jax.Array,
+    slots: jax.Array,
+    dtype: str,
+    *,
+    keep: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule a token at a time, so that how many there are changes no sum; arguments as of
+    `_recur`.
+
+    Args:
+        keep: the states stay as they are.
+    """
+    query, key, value, g, beta = tokens
+    chosen = kernels.pick("delta_step", dtype, 1) if state.dtype == jnp.float32 else None
+    if chosen == "pallas_step":
+        return delta_step(state, slots, query, key, value, g, beta, keep=keep, interpret=kernels.interpret)
+    if chosen == "native":
+        if keep:
+            looked = native_delta_look(state, slots, query, key, value, g, beta, kernels.variant)
+            return looked, state
+        return native_delta_step(state, slots, query, key, value, g, beta, kernels.variant)
+    if query.shape[1] == 1:
+        query, key, value, g, beta = (x[:, 0] for x in tokens)
         query, key = (_repeat_heads(x, value.shape[1]) for x in (query, key))
         output, after = delta_rule_step(read_slots(state, slots), query, key, value, g, beta)
-        state = write_slots(state, slots, after)
-    return output[:, None], state
+        output = output[:, None]
+    else:
+        output, after = delta_rule_scan(query, key, value, g, beta, read_slots(state, slots))
+    return output, state if keep else write_slots(state, slots, after)
 
 
 def read_slots(pool: jax.Array, slots: jax.Array) -> jax.Array:

@@ -21,13 +21,15 @@ from flax import nnx
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.formats.cache import HybridCache, empty_cache
+from qwen_moe_jax.formats.cache import HybridCache, KVCache, empty_cache
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.decoder import DecoderLayer, abstract, step_after
+from qwen_moe_jax.model.decoder import Decoder, DecoderLayer, abstract, step_after, with_parameters
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
-from qwen_moe_jax.model.ranks import OneDevice
+from qwen_moe_jax.model.ranks import OneDevice, Ranks
+
+MTP = "mtp."  # before the names of its parameters, where they stand beside the text model's
 
 
 class MtpHead(nnx.Module):
@@ -37,13 +39,22 @@ class MtpHead(nnx.Module):
     takes what comes out.
     """
 
-    def __init__(self, config: ModelConfig, layers: int, dtypes: DtypePolicy, kernels: Kernels):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: int,
+        dtypes: DtypePolicy,
+        kernels: Kernels,
+        ranks: Ranks = OneDevice(),  # noqa: B008  frozen
+        *,
+        fused: bool = False,
+    ):
         """Declares the parameters (build it under `nnx.eval_shape` to allocate nothing).
 
         Args:
             config: the text model's.
             layers: `mtp_num_hidden_layers` of config.json.
-            dtypes, kernels: as of `Decoder`.
+            dtypes, kernels, ranks, fused: as of `Decoder`.
 
         Raises:
             ConfigError: more or fewer layers than one. Published models have one; whether several are run
@@ -60,9 +71,7 @@ class MtpHead(nnx.Module):
         self.pre_fc_norm_hidden = Weight((hidden,), dtypes.vector)
         self.kernels = kernels
         self.fc = Weight((hidden, 2 * hidden), dtypes.matrix)
-        self.layers = nnx.List(
-            [DecoderLayer(config, dtypes, kernels, FULL_ATTENTION, OneDevice(), fused=False)]
-        )
+        self.layers = nnx.List([DecoderLayer(config, dtypes, kernels, FULL_ATTENTION, ranks, fused=fused)])
         self.norm = Weight((hidden,), dtypes.vector)
 
     def __call__(
@@ -88,8 +97,30 @@ class MtpHead(nnx.Module):
             (hidden states behind `norm`, [batch, seq, hidden] in the compute dtype, for `decoder.logits`; the
             cache). Pads' hidden states mean nothing.
         """
-        eps, compute = self.config.rms_norm_eps, self.dtypes.compute
         step = step_after(self.config, valid, cache.rows, rope_positions)
+        x = self._pairs(hidden, embedded, valid)
+        layers = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, layer_cache = layer(x, step, layer_cache)
+            layers.append(layer_cache)
+        x = rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
+        return x, cache.after(layers, valid)
+
+    def remember(
+        self, hidden: jax.Array, embedded: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> HybridCache:
+        """The cache that `__call__` gives, without what the pairs themselves predict: only their keys and
+        values are computed, since there is one layer."""
+        (layer,), (layer_cache,) = self.layers, cache.layers
+        assert isinstance(layer_cache, KVCache)
+        after = layer.remember(
+            self._pairs(hidden, embedded, valid), step_after(self.config, valid, cache.rows), layer_cache
+        )
+        return cache.after([after], valid)
+
+    def _pairs(self, hidden: jax.Array, embedded: jax.Array, valid: jax.Array) -> jax.Array:
+        """The residual stream before the layer, float32 [batch, seq, hidden]."""
+        eps, compute = self.config.rms_norm_eps, self.dtypes.compute
         # A pad is zeroed on its way in, as in `Decoder.embed`.
         halves = (
             rms_norm(jnp.where(valid[..., None], x, 0), norm.weight[...], eps).astype(compute)
@@ -97,13 +128,7 @@ class MtpHead(nnx.Module):
         )
         # The residual stream begins here; it is float32, as the text model's.
         pair = jnp.concatenate(list(halves), axis=-1)
-        x = linear(pair, self.fc.matrix(), jnp.float32, kernels=self.kernels)
-        layers = []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = layer(x, step, layer_cache)
-            layers.append(layer_cache)
-        x = rms_norm(x, self.norm.weight[...], eps).astype(compute)
-        return x, cache.after(layers, valid)
+        return linear(pair, self.fc.matrix(), jnp.float32, kernels=self.kernels)
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache for `batch` rows of `capacity` pairs; keys and values are held like the matrices."""
@@ -118,9 +143,60 @@ def abstract_mtp(
     dtypes: DtypePolicy,
     kernels: Kernels,
     blocks: Mapping[str, tuple[int, int]] | None = None,
+    ranks: Ranks = OneDevice(),  # noqa: B008  frozen
+    *,
+    fused: bool = False,
 ) -> MtpHead:
     """A head whose parameters are shapes and dtypes only, for `with_parameters`.
 
     Arguments as `MtpHead`'s, and blocks as of `abstract_decoder`.
     """
-    return abstract(lambda: MtpHead(config, layers, dtypes, kernels), dtypes, kernels, blocks)
+    return abstract(
+        lambda: MtpHead(config, layers, dtypes, kernels, ranks, fused=fused), dtypes, kernels, blocks
+    )
+
+
+def run_drafter(
+    decoder: Decoder,
+    drafter: MtpHead | None,
+    parameters: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    following: jax.Array,
+    valid: jax.Array,
+    cache: HybridCache,
+) -> tuple[jax.Array, HybridCache]:
+    """Drafts with the parameters that one device, or one rank of a mesh, holds.
+
+    Args:
+        decoder, drafter: abstract, or filled with others.
+        parameters: by canonical name, the drafter's behind MTP.
+        hidden, valid, cache: as of `MtpHead.__call__`.
+        following: int32 [batch, seq], the token behind each of `hidden`.
+
+    Returns:
+        as of `MtpHead.__call__`.
+    """
+    embedded = with_parameters(decoder, parameters).embed(following, valid)
+    with jax.named_scope("drafter"):
+        return _filled(drafter, parameters)(hidden, embedded, valid, cache)
+
+
+def drafter_keys(
+    decoder: Decoder,
+    drafter: MtpHead | None,
+    parameters: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    following: jax.Array,
+    valid: jax.Array,
+    cache: HybridCache,
+) -> HybridCache:
+    """`MtpHead.remember`, otherwise as `run_drafter`."""
+    embedded = with_parameters(decoder, parameters).embed(following, valid)
+    with jax.named_scope("drafter"):
+        return _filled(drafter, parameters).remember(hidden, embedded, valid, cache)
+
+
+def _filled(drafter: MtpHead | None, parameters: Mapping[str, jax.Array]) -> MtpHead:
+    assert drafter is not None
+    own = {name.removeprefix(MTP): value for name, value in parameters.items() if name.startswith(MTP)}
+    return with_parameters(drafter, own)

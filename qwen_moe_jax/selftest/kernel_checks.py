@@ -21,7 +21,7 @@ from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, float8_matmul
 from qwen_moe_jax.kernels.table import AMD, Kernels
 from qwen_moe_jax.model.attention import blockwise_attention
-from qwen_moe_jax.model.delta_rule import delta_rule_step
+from qwen_moe_jax.model.delta_rule import delta_rule_scan
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.selftest.machine import how_kernels_run
@@ -254,17 +254,17 @@ def _attention_run(
 
 
 def delta_step(target: str) -> Outcome:
-    """The delta rule's step as a kernel against the plain one; float32 everywhere."""
-    # batch, value heads, key heads, Dk, Dv
-    shapes = [(1, 8, 2, 128, 128), (3, 4, 4, 24, 40), (2, 6, 1, 16, 5), (5, 2, 1, 7, 64)]
-    shapes += [(8, 32, 16, 128, 128)] if target in AMD else []
+    """A few tokens of the delta rule as a kernel against the plain scan; float32 everywhere."""
+    # batch, tokens, value heads, key heads, Dk, Dv
+    shapes = [(1, 1, 8, 2, 128, 128), (3, 4, 4, 4, 24, 40), (2, 1, 6, 1, 16, 5), (5, 2, 2, 1, 7, 64)]
+    shapes += [(8, 1, 32, 16, 128, 128), (8, 4, 32, 16, 128, 128)] if target in AMD else []
     cases = [Case(str(shape), _delta_run(shape, target not in AMD), FLOAT32_TOLERANCE) for shape in shapes]
     return compare(cases, how_kernels_run(target))
 
 
 def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[Any, Any, float]]:
     def run() -> tuple[Any, Any, float]:
-        batch, heads, key_heads, key_dim, value_dim = shape
+        batch, tokens, heads, key_heads, key_dim, value_dim = shape
         rng = np.random.default_rng(shape)
 
         def normal(*size: int) -> np.ndarray:
@@ -272,11 +272,11 @@ def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[An
 
         given = {
             "state": normal(batch, heads, key_dim, value_dim),
-            "query": normal(batch, key_heads, key_dim) * np.float32(key_dim**-0.5),
-            "key": normal(batch, key_heads, key_dim) * np.float32(key_dim**-0.5),
-            "value": normal(batch, heads, value_dim),
-            "g": -rng.exponential(size=(batch, heads)).astype(np.float32),
-            "beta": rng.uniform(size=(batch, heads)).astype(np.float32),
+            "query": normal(batch, tokens, key_heads, key_dim) * np.float32(key_dim**-0.5),
+            "key": normal(batch, tokens, key_heads, key_dim) * np.float32(key_dim**-0.5),
+            "value": normal(batch, tokens, heads, value_dim),
+            "g": -rng.exponential(size=(batch, tokens, heads)).astype(np.float32),
+            "beta": rng.uniform(size=(batch, tokens, heads)).astype(np.float32),
         }
         slots = rng.permutation(batch).astype(np.int32)
         stored = given | {"state": given["state"][np.argsort(slots)]}  # row r's state at slots[r]
@@ -286,11 +286,7 @@ def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[An
             slots,
         )
         found = (output, np.asarray(after)[slots])
-        repeated = {
-            name: np.repeat(x, heads // key_heads, axis=1) if name in ("query", "key") else x
-            for name, x in given.items()
-        }
-        wanted = on_host(lambda given: delta_rule_step(**given), repeated)
+        wanted = on_host(lambda given: delta_rule_scan(**given), given)
         # output and state have sizes of their own
         sizes = [float(np.abs(x).max()) for x in wanted]
         return _joined(found, sizes), _joined(wanted, sizes), 1.0

@@ -165,10 +165,10 @@ def test_a_nan_passes_through_experts_and_the_delta_rule(variant):
     found = np.asarray(native_experts(**given, variant=variant))
     assert np.isnan(found[2]).all()
     assert np.isfinite(np.delete(found, 2, axis=0)).all()
-    step = delta_case(9, 2, 1, 2, (16, 16))
-    step["value"] = step["value"].at[0, 1, 4].set(jnp.nan)
+    step = delta_case(9, 2, 1, 1, 2, (16, 16))
+    step["value"] = step["value"].at[0, 0, 1, 4].set(jnp.nan)
     output, state = native_delta_step(**step, slots=jnp.arange(2, dtype=jnp.int32), variant=variant)
-    assert np.isnan(output[0, 1, 4])
+    assert np.isnan(output[0, 0, 1, 4])
     assert np.isnan(state[0, 1, :, 4]).all()
     assert np.isfinite(np.delete(np.asarray(output).ravel(), 20)).all()
 
@@ -217,7 +217,7 @@ def test_a_copy_finds_every_value_that_is_not_finite(dtype):
 
 @variants
 def test_the_state_and_the_caches_change_where_they_lie(variant):
-    given = delta_case(11, 2, 2, 2, (16, 16)) | {"slots": jnp.asarray([1, 0], jnp.int32)}
+    given = delta_case(11, 2, 3, 2, 2, (16, 16)) | {"slots": jnp.asarray([1, 0], jnp.int32)}
     step = jax.jit(lambda state, rest: native_delta_step(state, **rest, variant=variant), donate_argnums=0)
     state = given.pop("state")
     compiled = step.lower(state, given).compile()

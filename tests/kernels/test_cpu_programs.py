@@ -8,8 +8,9 @@ import pytest
 from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.engine.plan import BORDERS
+from qwen_moe_jax.engine.rows import END_IDS, Entries, Roster, RowStates
 from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
-from qwen_moe_jax.engine.steps import END_IDS, Entries, Roster, RowStates
 from qwen_moe_jax.formats.cache import KVCache, Placement
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
 
@@ -24,7 +25,7 @@ def given(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
 
 @pytest.fixture(scope="module")
 def model():
-    return QwenMoe.from_pretrained(CHECKPOINT, dtype="bfloat16")
+    return QwenMoe.from_pretrained(CHECKPOINT, dtype="bfloat16", draft_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +38,21 @@ def pools(model):
 def decode(model, pools):
     """The compiled decode step."""
     slots, rows = given("int32", SLOTS), given("int32", ROWS)
-    states = RowStates(token=slots, length=slots, emitted=slots, finished=given("bool", SLOTS))
+    states = RowStates(token=slots, length=slots, emitted=slots, finished=given("bool", SLOTS), drafts=None)
     roster = Roster(
         slots=rows,
         limit=rows,
         end_ids=given("int32", ROWS, END_IDS),
+        draft_limit=rows,
+        places=given("int32", ROWS, BORDERS),
         sampling=SamplingParams.of([RowSampling()] * ROWS),
     )
     entries = Entries(begins=given("bool", ROWS), token=rows, length=rows, emitted=rows)
     tables = given("int32", SLOTS, WIDTH)
-    return model._steps.lower_decode(pools, states, roster, entries, tables).compile()
+    snapshots = jax.tree.map(
+        lambda x: given(x.dtype.name, *x.shape), model._steps.forward.new_states(SLOTS + 1)
+    )
+    return model._steps.lower_decode(pools, snapshots, states, roster, entries, tables, slots).compile()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def prefill(model, pools):
     """The compiled prefill step."""
     one = given("int32", 1)
     placed = Placement(tables=given("int32", 1, WIDTH), slots=one, length=one)
-    return model._steps.lower_prefill(pools, given("int32", 1, 32), one, placed).compile()
+    return model._steps.lower_prefill(pools, given("int32", 1, 32), None, one, placed).compile()
 
 
 def spelt(struct: jax.ShapeDtypeStruct) -> str:
@@ -107,7 +113,7 @@ def test_a_pool_takes_memory_as_it_is_written(model):
     one = np.zeros(1, np.int32)
     table = np.arange(WIDTH, dtype=np.int32)[None]
     placed = Placement(tables=table, slots=one, length=one)
-    layers, done = model._steps.prefill(layers, np.ones((1, 32), np.int32), one + 32, placed)
+    layers, done = model._steps.prefill(layers, np.ones((1, 32), np.int32), None, one + 32, placed)
     jax.block_until_ready(done)
     assert resident() - before < 128 << 20
 

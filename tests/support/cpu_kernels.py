@@ -13,13 +13,14 @@ from qwen_moe_jax.kernels.cpu.calls import (
     native_attention,
     native_conv,
     native_delta_chunks,
+    native_delta_look,
     native_delta_step,
     native_experts,
     native_linears,
 )
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
 from qwen_moe_jax.model.delta_net import conv_heads, read_slots
-from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_step
+from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
 from support.delta_oracle import delta_inputs, delta_oracle
@@ -128,9 +129,9 @@ def check_experts(given: dict, variant: str, *, by_slot: bool = False) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(slots.max(), 1e-3))
 
 
-def delta_case(seed: int, batch: int, key_heads: int, ratio: int, dims: tuple[int, int]) -> dict:
-    """A state of order one and a token."""
-    rng = np.random.default_rng([seed, batch, *dims])
+def delta_case(seed: int, batch: int, seq: int, key_heads: int, ratio: int, dims: tuple[int, int]) -> dict:
+    """A state of order one and some tokens."""
+    rng = np.random.default_rng([seed, batch, seq, *dims])
     heads = key_heads * ratio
 
     def unit(*shape: int) -> jax.Array:
@@ -139,11 +140,11 @@ def delta_case(seed: int, batch: int, key_heads: int, ratio: int, dims: tuple[in
 
     return {
         "state": jnp.asarray(rng.normal(size=(batch, heads, *dims)), jnp.float32),
-        "query": unit(batch, key_heads, dims[0]),
-        "key": unit(batch, key_heads, dims[0]),
-        "value": jnp.asarray(rng.normal(size=(batch, heads, dims[1])), jnp.float32),
-        "g": jnp.asarray(-rng.exponential(size=(batch, heads)), jnp.float32),
-        "beta": jnp.asarray(rng.uniform(size=(batch, heads)), jnp.float32),
+        "query": unit(batch, seq, key_heads, dims[0]),
+        "key": unit(batch, seq, key_heads, dims[0]),
+        "value": jnp.asarray(rng.normal(size=(batch, seq, heads, dims[1])), jnp.float32),
+        "g": jnp.asarray(-rng.exponential(size=(batch, seq, heads)), jnp.float32),
+        "beta": jnp.asarray(rng.uniform(size=(batch, seq, heads)), jnp.float32),
     }
 
 
@@ -203,27 +204,39 @@ def check_others(before: jax.Array, after: jax.Array, slots: jax.Array) -> None:
     np.testing.assert_array_equal(np.asarray(after)[others], np.asarray(before)[others])
 
 
+# Batch, tokens, key heads, value heads a key head, dims.
 DELTA_SHAPES = [
-    (1, 1, 1, (1, 1)),
-    (3, 2, 2, (16, 16)),
-    (2, 1, 3, (7, 33)),
-    (1, 4, 2, (128, 128)),
-    (5, 3, 1, (64, 95)),
+    (1, 1, 1, 1, (1, 1)),
+    (3, 4, 2, 2, (16, 16)),
+    (2, 1, 1, 3, (7, 33)),
+    (1, 3, 4, 2, (128, 128)),
+    (5, 2, 3, 1, (64, 95)),
+    (2, 1, 4, 2, (128, 128)),
 ]
 
 
 def check_delta_step(given: dict, variant: str) -> None:
-    """Sums of at most 128 products of order one: a few dozen units in the last place of float32."""
+    """Against the plain scan: sums of at most 128 products of order one, a few dozen units in the last place
+    of float32. Looking, and taking one token at a time, give the same bits."""
     pool, slots = in_slots(given["state"], np.random.default_rng(given["state"].shape))
     kernel = jax.jit(functools.partial(native_delta_step, variant=variant))
     output, after = kernel(**(given | {"state": pool + 0}), slots=slots)
     check_others(pool, after, slots)
-    found = output, read_slots(after, slots)
-    ratio = given["value"].shape[1] // given["key"].shape[1]
-    heads = {name: jnp.repeat(given[name], ratio, axis=1) for name in ("query", "key")}
-    wanted = delta_rule_step(**(given | heads))
-    for a, b in zip(found, wanted, strict=True):
+    wanted = delta_rule_scan(**given)
+    for a, b in zip((output, read_slots(after, slots)), wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+    seen = pool + 0
+    looked = jax.jit(functools.partial(native_delta_look, variant=variant))(
+        **(given | {"state": seen}), slots=slots
+    )
+    np.testing.assert_array_equal(looked, output)
+    np.testing.assert_array_equal(seen, pool)
+    singly = pool + 0
+    for token in range(output.shape[1]):
+        one = {name: x[:, token : token + 1] for name, x in given.items() if name != "state"}
+        read, singly = kernel(**one, state=singly, slots=slots)
+        np.testing.assert_array_equal(read[:, 0], output[:, token])
+    np.testing.assert_array_equal(singly, after)
 
 
 # Tokens, key heads, heads, dims: both sides of a chunk's end, odd dimensions, shared key heads.

@@ -46,7 +46,18 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # No -ffast-math: NaN and infinities are kept.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
           "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # fmt: skip
-OPERATIONS = ("rows", "linear", "experts", "conv", "delta_step", "delta_chunks", "attention", "reserve")
+OPERATIONS = (
+    "rows",
+    "linear",
+    "experts",
+    "conv",
+    "delta_step",
+    "delta_look",
+    "delta_chunks",
+    "attention",
+    "append",
+    "reserve",
+)
 _loaded: list["Library"] = []
 # Seconds after which a compiler is given up.
 _PATIENCE = 300

@@ -125,21 +125,37 @@ def native_delta_step(
     beta: jax.Array,
     variant: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the gated delta rule, as `delta_rule_step`, in float32.
+    """A few tokens of the gated delta rule, one after another, as `delta_rule_scan`, in float32.
 
     Args:
         state: [slots, heads, Dk, Dv], whose memory the new one takes over.
         slots: int32 [batch], the entry of each row; a row whose entry there is not changes none, and gets
-        zeros.
-        query, key: [batch, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
-        value: [batch, heads, Dv].
-        g, beta: [batch, heads].
+            zeros.
+        query, key: [batch, seq, key_heads, Dk]; value head h reads key head h // (heads / key_heads).
+        value: [batch, seq, heads, Dv].
+        g, beta: [batch, seq, heads].
         variant: of the library.
 
     Returns:
-        (output [batch, heads, Dv], the states of all slots).
+        (output [batch, seq, heads, Dv], the states of all slots).
     """
     return _recurrence(variant, "delta_step", slots, query, key, value, g, beta, state)
+
+
+def native_delta_look(
+    state: jax.Array,
+    slots: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    variant: str,
+) -> jax.Array:
+    """The output of `native_delta_step`, bit for bit, whose states stay as they are."""
+    operands = tuple(x.astype(jnp.float32) for x in (query, key, value, g, beta, state))
+    result = jax.ShapeDtypeStruct(value.shape, jnp.float32)
+    return _call(variant, "delta_look", (*operands, slots), [result])[0]
 
 
 def native_delta_chunks(
@@ -188,6 +204,16 @@ def native_attention(
     operands = (query, key, value, positions, places, tables, cache.k, cache.v)
     mixed, k, v = _call(variant, "attention", operands, results, aliases={6: 1, 7: 2})
     return mixed, KVCache(k=k, v=v)
+
+
+def native_append(
+    key: jax.Array, value: jax.Array, places: jax.Array, tables: jax.Array, cache: KVCache, variant: str
+) -> KVCache:
+    """New keys and values to their rows' pages; arguments and cache as of `native_attention`."""
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (cache.k, cache.v)]
+    operands = (key, value, places, tables, cache.k, cache.v)
+    k, v = _call(variant, "append", operands, results, aliases={4: 0, 5: 1})
+    return KVCache(k=k, v=v)
 
 
 def native_reserve(shape: tuple[int, ...], dtype: DTypeLike, variant: str) -> jax.Array:

@@ -23,8 +23,10 @@ EXPORTED XLA_FFI_Error* qwen_moe_jax_linear(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_experts(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_conv(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_step(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_look(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_chunks(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_append(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_reserve(XLA_FFI_CallFrame*);
 
 // Whether this library may run here; asks the kernel for the tile registers where it uses them.
@@ -226,8 +228,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_conv, Conv,
                                   .Ret<Float32s>()
                                   .Ret<ffi::AnyBuffer>());
 
-// Query, key, value, g, beta, the pool of states and a slot a row -> output and the pool after it.
-static auto recurrence() {
+// Query, key, value, g, beta, the pool of states and a slot a row.
+static auto tokens_and_states() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<Float32s>()
@@ -236,26 +238,45 @@ static auto recurrence() {
       .Arg<Float32s>()
       .Arg<Float32s>()
       .Arg<Float32s>()
-      .Arg<ffi::Buffer<ffi::S32>>()
-      .Ret<Float32s>()
-      .Ret<Float32s>();
+      .Arg<ffi::Buffer<ffi::S32>>();
+}
+
+// To the output and the pool after it.
+static auto recurrence() { return tokens_and_states().Ret<Float32s>().Ret<Float32s>(); }
+
+// `state` is that of the pool to change, or, to look only, of the pool itself.
+static ffi::Error delta_tokens(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value,
+                               Float32s g, Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
+                               float* pool_data, bool keep, float* out) {
+  auto shape = state.dimensions(), keys = key.dimensions();
+  if (shape.size() != 4 || keys.size() != 4 || shape[1] % keys[2] || slots.element_count() != (size_t)keys[0])
+    return wrong("delta_step: shapes");
+  Pool pool(threads);
+  delta_step(pool, {keys[0], keys[1], shape[0], shape[1], keys[2], shape[2], shape[3], keep, pool_data,
+                    slots.typed_data(), query.typed_data(), key.typed_data(), value.typed_data(),
+                    g.typed_data(), beta.typed_data(), out});
+  return ffi::Error::Success();
 }
 
 static ffi::Error DeltaStep(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value, Float32s g,
                             Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
                             ffi::Result<Float32s> out, ffi::Result<Float32s> new_state) {
-  auto shape = state.dimensions(), keys = key.dimensions();
-  if (shape.size() != 4 || keys.size() != 3 || shape[1] % keys[1] || slots.element_count() != (size_t)keys[0])
-    return wrong("delta_step: shapes");
   keep_pool(state, *new_state);
-  Pool pool(threads);
-  delta_step(pool, {keys[0], shape[0], shape[1], keys[1], shape[2], shape[3], new_state->typed_data(),
-                    slots.typed_data(), query.typed_data(), key.typed_data(), value.typed_data(),
-                    g.typed_data(), beta.typed_data(), out->typed_data()});
-  return ffi::Error::Success();
+  return delta_tokens(threads, query, key, value, g, beta, state, slots, new_state->typed_data(), false,
+                      out->typed_data());
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_step, DeltaStep, recurrence());
+
+// What the tokens read, without a trace of them.
+static ffi::Error DeltaLook(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value, Float32s g,
+                            Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
+                            ffi::Result<Float32s> out) {
+  return delta_tokens(threads, query, key, value, g, beta, state, slots, state.typed_data(), true,
+                      out->typed_data());
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_delta_look, DeltaLook, tokens_and_states().Ret<Float32s>());
 
 static ffi::Error DeltaChunks(ffi::ThreadPool threads, Float32s query, Float32s key, Float32s value,
                               Float32s g, Float32s beta, Float32s state, ffi::Buffer<ffi::S32> slots,
@@ -322,6 +343,42 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_attention, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+// New keys and values to their rows' pages, without a query.
+static ffi::Error Append(ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::Buffer<ffi::S32> places,
+                         ffi::Buffer<ffi::S32> tables, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Result<ffi::AnyBuffer> new_k, ffi::Result<ffi::AnyBuffer> new_v) {
+  Attention a;
+  auto shape = key.dimensions(), cache = k.dimensions(), table = tables.dimensions();
+  Type value_type;
+  if (!type_of(key, a.type) || a.type == Type::F8 || !type_of(k, a.cache_type) || a.cache_type == Type::F8 ||
+      !type_of(value, value_type) || value_type != a.type || v.element_type() != k.element_type())
+    return wrong("append: keys, values and cache are float32 or bfloat16, and both of one dtype");
+  if (shape.size() != 4 || cache.size() != 4 || shape[2] != cache[2] || shape[3] != cache[3] ||
+      table.size() != 2 || table[0] != shape[0])
+    return wrong("append: shapes");
+  a.batch = shape[0], a.seq = shape[1], a.dim = shape[3];
+  a.pages = cache[0], a.page = cache[1], a.kv_heads = cache[2], a.width = table[1];
+  a.tables = tables.typed_data();
+  a.count_pages();
+  a.k = (char*)new_k->untyped_data();
+  a.v = (char*)new_v->untyped_data();
+  keep_pool(k, *new_k);
+  keep_pool(v, *new_v);
+  append_keys(a, (const char*)key.untyped_data(), (const char*)value.untyped_data(), places.typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_append, Append,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
