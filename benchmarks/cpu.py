@@ -85,6 +85,7 @@ class Ours:
                     max_new_tokens=job.steps + 1000,
                     sampling=(RowSampling(),),
                     end_ids=(),
+                    draft_tokens=0,
                     one_by_one=False,
                     take=lambda *_: False,
                 )

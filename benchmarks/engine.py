@@ -84,10 +84,19 @@ class StaticBatches:
         """Of one batch."""
         import jax
 
+        from qwen_moe_jax.engine.plan import BORDERS
+        from qwen_moe_jax.engine.rows import (
+            BLOCK_STEPS,
+            END_IDS,
+            NO_PLACE,
+            Entries,
+            Roster,
+            empty_states,
+        )
         from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
         from qwen_moe_jax.engine.shapes import chunk_spans
-        from qwen_moe_jax.engine.steps import BLOCK_STEPS, END_IDS, MOVES, Entries, Roster, empty_states
-        from qwen_moe_jax.formats.cache import Placement, states_of, with_states
+        from qwen_moe_jax.engine.steps import MOVES
+        from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
         start, rows = time.perf_counter(), self.rows
         slots = np.arange(rows, dtype=np.int32)
@@ -104,25 +113,28 @@ class StaticBatches:
                 part = prompt[:-1][begin : begin + chunk]
                 tokens[row, : len(part)], counts[row] = part, len(part)
             placed: Any = Placement(tables=self.tables, slots=slots, length=done)
-            self.layers, waited = self.steps.prefill(self.layers, tokens, counts, placed)
+            self.layers, waited = self.steps.prefill(self.layers, tokens, None, counts, placed)
             jax.block_until_ready(waited)
             done = done + counts
         limit = np.asarray([*lengths, *[0] * (rows - len(lengths))], np.int32)
         last = np.asarray([p[-1] for p in prompts] + [0] * (rows - len(prompts)), np.int32)
         ends = np.full((rows, END_IDS), -1, np.int32)
-        arrays: Any = slots, limit, ends, SamplingParams.of([RowSampling()] * rows)
+        nowhere = np.full((rows, BORDERS), NO_PLACE, np.int32)
+        arrays: Any = slots, limit, ends, limit * 0, nowhere, SamplingParams.of([RowSampling()] * rows)
         roster, states = Roster(*arrays), empty_states(rows)
         begins = np.arange(rows) < len(prompts)
         emitted = 0
         while emitted < max(lengths):
             given: Any = begins, last, done, np.zeros(rows, np.int32)
-            self.layers, states, _, block = self.steps.decode(
+            self.layers, self.zero, states, _, block = self.steps.decode(
                 self.layers,
+                self.zero,
                 states,
                 None,
                 roster=roster,
                 entries=Entries(*given),
                 tables=self.tables,
+                capacity=np.full(rows, PAGE * self.width, np.int32),
                 steps=BLOCK_STEPS,
             )
             begins = np.zeros(rows, bool)
@@ -222,9 +234,10 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
     """Of a decode step of rows whose pages hold so many tokens; their contents do not matter."""
     import jax
 
+    from qwen_moe_jax.engine.plan import BORDERS
+    from qwen_moe_jax.engine.rows import END_IDS, NO_PLACE, Entries, Roster, empty_states
     from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
-    from qwen_moe_jax.engine.steps import END_IDS, Entries, Roster, empty_states
-    from qwen_moe_jax.formats.cache import pages_for
+    from qwen_moe_jax.formats.cache import PAGE, pages_for
 
     rows = len(lengths)
     pages = [pages_for(n + 8 * steps) for n in lengths]
@@ -241,15 +254,26 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
         slots,
         np.full(rows, 10**6, np.int32),
         np.full((rows, END_IDS), -1, np.int32),
+        np.zeros(rows, np.int32),
+        np.full((rows, BORDERS), NO_PLACE, np.int32),
         SamplingParams.of([RowSampling()] * rows),
     )
     roster, states = Roster(*arrays), empty_states(rows)
-    begins, found = np.ones(rows, bool), []
+    capacity = np.asarray([PAGE * n for n in pages], np.int32)
+    begins, found, zero = np.ones(rows, bool), [], forward.new_states(1)
     for _ in range(6):
         given: Any = begins, slots + 5, np.asarray(lengths, np.int32), np.zeros(rows, np.int32)
         start = time.perf_counter()
-        layers, states, _, block = model._steps.decode(
-            layers, states, None, roster=roster, entries=Entries(*given), tables=tables, steps=steps
+        layers, zero, states, _, block = model._steps.decode(
+            layers,
+            zero,
+            states,
+            None,
+            roster=roster,
+            entries=Entries(*given),
+            tables=tables,
+            capacity=capacity,
+            steps=steps,
         )
         jax.block_until_ready(block)
         found.append(time.perf_counter() - start)
@@ -271,6 +295,7 @@ def host_milliseconds(model: Any, slots: int, steps: int = 200) -> float:
                     max_new_tokens=steps + 20,
                     sampling=(RowSampling(),),
                     end_ids=(),
+                    draft_tokens=0,
                     one_by_one=True,
                     take=lambda *_: False,
                 )

@@ -1,6 +1,6 @@
 """Writes a Qwen3.5 MoE checkpoint with random weights, to measure speed and memory on.
 
-    python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16]
+    python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16] [--mtp]
 
 `mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
 `large` four layers of the 35B's shapes with a small vocabulary, 3.5 billion parameters, of which a token uses
@@ -11,11 +11,15 @@ no tokenizer: the benchmarks feed token ids.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
 SIZES = {
     "tiny": {
@@ -139,6 +143,34 @@ def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+@torch.no_grad()
+def add_mtp(folder: Path) -> None:
+    """Adds a layer of multi-token prediction, random as the rest, in a file of its own."""
+    config = Qwen3_5MoeTextConfig.from_pretrained(folder)
+    layer = Qwen3_5MoeDecoderLayer(config, config.layer_types.index("full_attention"))
+    hidden = config.hidden_size
+    tensors = {f"mtp.layers.0.{name}": value for name, value in layer.state_dict().items()}
+    for stack in [name for name in tensors if ".experts." in name]:
+        tensors[stack] = 0.02 * torch.randn(tensors[stack].shape)
+    tensors |= {f"mtp.{name}.weight": torch.zeros(hidden) for name in ("pre_fc_norm_embedding", "norm")}
+    tensors["mtp.pre_fc_norm_hidden.weight"] = torch.zeros(hidden)
+    tensors["mtp.fc.weight"] = 0.02 * torch.randn(hidden, 2 * hidden)
+    save_file(
+        {name: value.to(config.dtype).contiguous() for name, value in tensors.items()},
+        folder / "model-mtp.safetensors",
+        {"format": "pt"},
+    )
+    index, config_file = folder / "model.safetensors.index.json", folder / "config.json"
+    if index.is_file():
+        told = json.loads(index.read_text())
+    else:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            told = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), "model.safetensors")}
+    told["weight_map"] |= dict.fromkeys(tensors, "model-mtp.safetensors")
+    index.write_text(json.dumps(told))
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"mtp_num_hidden_layers": 1}))
+
+
 def main() -> int:
     """Parses the command line and writes one checkpoint."""
     parser = argparse.ArgumentParser(
@@ -148,8 +180,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mtp", action="store_true", help="with a layer of multi-token prediction")
     args = parser.parse_args()
     count = make_checkpoint(args.size, args.folder, args.dtype, args.seed)
+    if args.mtp:
+        add_mtp(args.folder)
     print(f"{args.folder}: {count / 1e6:.1f} million parameters in {args.dtype}")
     return 0
 

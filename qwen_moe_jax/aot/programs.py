@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from qwen_moe_jax.engine.plan import BORDERS
+from qwen_moe_jax.engine.rows import END_IDS, Entries, Layers, Roster, RowStates
 from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
 from qwen_moe_jax.engine.shapes import chunk_length
-from qwen_moe_jax.engine.steps import END_IDS, Entries, Layers, Roster, RowStates, Steps
-from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for
+from qwen_moe_jax.engine.steps import Steps
+from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for, states_of
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import MeshForward
@@ -88,25 +90,31 @@ class Deployment:
                 length=self._given(jnp.int32, rows),
             )
             tokens = self._given(jnp.int32, rows, self.step_tokens(program))
-            return steps.lower_prefill(self.pools(), tokens, self._given(jnp.int32, rows), placed)
+            return steps.lower_prefill(self.pools(), tokens, None, self._given(jnp.int32, rows), placed)
         integers = self._given(jnp.int32, rows)
         truths = self._given(jnp.bool_, rows)
-        states = RowStates(token=integers, length=integers, emitted=integers, finished=truths)
+        states = RowStates(token=integers, length=integers, emitted=integers, finished=truths, drafts=None)
         sampling = SamplingParams.of([RowSampling()] * rows)
         roster = Roster(
             slots=integers,
             limit=integers,
             end_ids=self._given(jnp.int32, rows, END_IDS),
+            draft_limit=integers,
+            places=self._given(jnp.int32, rows, BORDERS),
             sampling=jax.tree.map(lambda x: self._given(x.dtype, *x.shape), sampling),
         )
         entries = Entries(begins=truths, token=integers, length=integers, emitted=integers)
-        return steps.lower_decode(self.pools(), states, roster, entries, self._given(jnp.int32, rows, width))
+        tables = self._given(jnp.int32, rows, width)
+        one_each = states_of(self._pools(self.layout.batch_multiple, self.layout.batch_multiple))
+        return steps.lower_decode(self.pools(), one_each, states, roster, entries, tables, integers)
 
     def pools(self) -> Layers:
         """A slot and pages for every row."""
+        return self._pools(self.rows * pages_for(self.context), self.rows)
+
+    def _pools(self, pages: int, slots: int) -> Layers:
         held, compute = self.policy.matrix, self.policy.compute
-        pages = self.rows * pages_for(self.context)
-        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, self.rows, held, compute))
+        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, slots, held, compute))
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.sharding(spec)),
             layers,

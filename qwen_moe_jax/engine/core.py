@@ -14,25 +14,25 @@ import jax
 import numpy as np
 
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.plan import DecodeStep, PrefillStep, StateMove
+from qwen_moe_jax.engine.plan import BORDERS, DecodeStep, PrefillStep, StateMove
 from qwen_moe_jax.engine.plan import Sequence as Row
 from qwen_moe_jax.engine.pools import PoolSizes
-from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams, history
-from qwen_moe_jax.engine.scheduler import Scheduler
-from qwen_moe_jax.engine.shapes import prefill_shapes, row_buckets
-from qwen_moe_jax.engine.steps import (
+from qwen_moe_jax.engine.rows import (
     BLOCK_STEPS,
     END_IDS,
-    MOVES,
+    NO_PLACE,
     Block,
     Entries,
     Layers,
     Roster,
     RowStates,
     States,
-    Steps,
     empty_states,
 )
+from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams, history
+from qwen_moe_jax.engine.scheduler import Scheduler
+from qwen_moe_jax.engine.shapes import prefill_shapes, row_buckets
+from qwen_moe_jax.engine.steps import MOVES, Steps
 from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
 # (number among the job's sequences, token, its log-probability) -> the sequence has ended.
@@ -48,16 +48,20 @@ class Job:
         max_new_tokens: of each sequence.
         sampling: of each sequence.
         end_ids: tokens that end a sequence.
+        draft_tokens: that a step verifies at most.
         one_by_one: tokens are looked at one by one: for stop strings, or because somebody reads along.
         take: called with each token in order, in the thread that runs the core.
+        drafted: called with the drafts that were verified, and how many of them hold.
     """
 
     prompt: np.ndarray
     max_new_tokens: int
     sampling: tuple[RowSampling, ...]
     end_ids: tuple[int, ...]
+    draft_tokens: int
     one_by_one: bool
     take: Take
+    drafted: Callable[[int, int], None] = lambda drafted, accepted: None
 
 
 class Core:
@@ -69,13 +73,15 @@ class Core:
         scheduler: what decides.
         ranks: that rows are divided among.
         programs: shapes of the steps that it has run.
-        generated_tokens, prompt_tokens, cached_prompt_tokens: of all jobs so far.
+        generated_tokens, prompt_tokens, cached_prompt_tokens, drafted_tokens, accepted_tokens: of all jobs so
+            far.
     """
 
     def __init__(self, forward: Forward, steps: Steps, sizes: PoolSizes, *, context: int, prefix_cache: bool):
         self.steps = steps
         self.sizes = sizes
         self.generated_tokens = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self._forward = forward
         self.ranks = forward.batch_multiple
         self.programs: set[tuple[Any, ...]] = set()
@@ -104,9 +110,9 @@ class Core:
             self._snapshots = forward.new_states(self.ranks * sizes.snapshots)
         else:  # a place that nothing is kept in, so that there is something to begin from
             self._snapshots = forward.new_states(self.ranks)
-        self._states: RowStates = empty_states(self.ranks * sizes.slots)
+        self._states: RowStates = empty_states(self.ranks * sizes.slots, forward.draft_tokens)
         self._seen: jax.Array | None = None
-        self._tables: Any = None
+        self._tables: Any = None  # and the tokens that every row has pages for
         self._tables_version = -1
         self._roster: Roster | None = None
         self._roster_rows: tuple[Any, ...] = ()
@@ -118,7 +124,7 @@ class Core:
         Raises:
             InputError: it can never fit.
         """
-        rows = self.scheduler.submit(job.prompt, job.max_new_tokens, len(job.sampling))
+        rows = self.scheduler.submit(job.prompt, job.max_new_tokens, len(job.sampling), job.draft_tokens)
         for index, row in enumerate(rows):
             self._jobs[row] = (job, index)
         self.prompt_tokens += len(job.prompt)
@@ -140,9 +146,9 @@ class Core:
         self._move_states(step.restores, restore=True)
         if isinstance(step, PrefillStep):
             self._pending.append((step, self._prefill(step)))
+            self._move_states(step.saves, restore=False)
         else:
             self._pending.append((step, self._decode(step)))
-        self._move_states(step.saves, restore=False)
         while len(self._pending) > self._ahead:
             self._collect()
         return True
@@ -157,7 +163,7 @@ class Core:
             self._prefill(PrefillStep(shape, (), (), ()))
         for bucket in row_buckets(self.sizes.slots):
             for greedy in (True, False)[: 1 + sampled]:
-                jax.block_until_ready(self._decode(DecodeStep(bucket, (), 1, (), ()), greedy=greedy))
+                jax.block_until_ready(self._decode(DecodeStep(bucket, (), 1, ()), greedy=greedy))
         nothing = [StateMove(0, self.sizes.slots, None)]
         self._move_states(nothing, restore=True)
         if self.sizes.snapshots:
@@ -186,6 +192,11 @@ class Core:
             tokens = result.tokens[place, :count].tolist()
             logprobs = result.logprobs[place, :count].tolist()
             job, index = self._jobs[sequence]
+            drafted, accepted = int(result.drafted[place]), int(result.accepted[place])
+            self.drafted_tokens += drafted
+            self.accepted_tokens += accepted
+            if drafted:
+                job.drafted(drafted, accepted)
             taken, ended = [], False
             for token, logprob in zip(tokens, logprobs, strict=True):
                 taken.append(token)
@@ -227,19 +238,22 @@ class Core:
         rows, chunk = step.shape
         self.programs.add(("prefill", *step.shape))
         total = rows * self.ranks
-        tokens, counts = np.zeros((total, chunk), np.int32), np.zeros(total, np.int32)
+        counts = np.zeros(total, np.int32)
+        tokens, following = np.zeros((2, total, chunk), np.int32)
         tables: Any = np.full((total, self.scheduler.tables.shape[1]), self.sizes.pages, np.int32)
         slots: Any = np.full(total, self.sizes.slots, np.int32)
         length: Any = np.zeros(total, np.int32)
         for row in step.rows:
             place = row.rank * rows + row.row
             tokens[place, : len(row.tokens)] = row.tokens
+            following[place, : len(row.tokens)] = row.following
             counts[place] = len(row.tokens)
             tables[place] = self.scheduler.tables[row.rank * self.sizes.slots + row.slot]
             slots[place], length[place] = row.slot, row.start
             self._count_prompt(row.sequence)
         placed = Placement(tables=tables, slots=slots, length=length)
-        self._layers, done = self.steps.prefill(self._layers, tokens, counts, placed)
+        behind = following if self._forward.drafter is not None else None
+        self._layers, done = self.steps.prefill(self._layers, tokens, behind, counts, placed)
         return done
 
     def _count_prompt(self, row: Row) -> None:
@@ -252,7 +266,9 @@ class Core:
         """Hands a step over; every row that is not greedy makes the step so."""
         if self._tables_version != self.scheduler.tables_version:
             # a copy: the device reads it when it comes to the step
-            self._tables = self._kept(self.scheduler.tables.copy())
+            tables = self.scheduler.tables.copy()
+            capacity = PAGE * (tables < self.sizes.pages).sum(axis=1, dtype=np.int32)
+            self._tables = self._kept((tables, capacity))
             self._tables_version = self.scheduler.tables_version
         roster, entries = self._roster_of(step), self._entries_of(step)
         for row in step.rows:
@@ -263,13 +279,15 @@ class Core:
         self.programs.add(("decode", step.bucket, greedy))
         if not greedy:
             self._remember(step)
-        self._layers, self._states, seen, block = self.steps.decode(
+        self._layers, self._snapshots, self._states, seen, block = self.steps.decode(
             self._layers,
+            self._snapshots,
             self._states,
             None if greedy else self._seen,
             roster=roster,
             entries=entries,
-            tables=self._tables,
+            tables=self._tables[0],
+            capacity=self._tables[1],
             steps=min(step.steps, BLOCK_STEPS),
         )
         if not greedy:
@@ -283,14 +301,16 @@ class Core:
         """The rows of a step on the device; the last one's again while they are the same."""
         names = (
             step.bucket,
-            *((row.rank, row.row, row.slot, row.sequence.number, row.epoch) for row in step.rows),
+            *((row.rank, row.row, row.slot, row.sequence.number, row.epoch, row.places) for row in step.rows),
         )
         if self._roster is not None and names == self._roster_rows:
             return self._roster
         total = step.bucket * self.ranks
         slots: Any = np.full(total, self.sizes.slots, np.int32)
         limit: Any = np.zeros(total, np.int32)
+        drafts: Any = np.zeros(total, np.int32)
         ends: Any = np.full((total, END_IDS), -1, np.int32)
+        places: Any = np.full((total, BORDERS), NO_PLACE, np.int32)
         sampling = [RowSampling()] * total
         for row in step.rows:
             place = self._place(step, row.rank, row.row)
@@ -299,8 +319,10 @@ class Core:
             limit[place] = job.max_new_tokens
             some = job.end_ids[:END_IDS]
             ends[place, : len(some)] = some
+            drafts[place] = job.draft_tokens
+            places[place] = [NO_PLACE if each is None else each for each in row.places]
             sampling[place] = job.sampling[index]
-        given = self._kept(Roster(slots, limit, ends, SamplingParams.of(sampling)))
+        given = self._kept(Roster(slots, limit, ends, drafts, places, SamplingParams.of(sampling)))
         self._roster, self._roster_rows = given, names
         return given
 

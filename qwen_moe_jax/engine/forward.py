@@ -12,6 +12,7 @@ from qwen_moe_jax.formats.cache import (
     DeltaNetCache,
     HybridCache,
     LayerCache,
+    LookedAt,
     bytes_of,
     empty_cache,
     empty_layers,
@@ -22,6 +23,7 @@ from qwen_moe_jax.kernels.cpu.calls import native_reserve
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.mtp import MTP, MtpHead, drafter_keys, run_drafter
 
 Parameters = Mapping[str, jax.Array]
 
@@ -31,6 +33,9 @@ class Forward(Protocol):
 
     Attributes:
         decoder: its configuration and dtypes.
+        drafter: multi-token prediction, None where it is not used. Its keys and values are the last of the
+            layers' pools.
+        draft_tokens: that it drafts at most for each step; 0 without it.
         kernels: what it is compiled for.
         parameters: canonical name -> array.
         batch_multiple: ranks that rows are divided among; a batch's number of rows is a multiple of it.
@@ -41,6 +46,8 @@ class Forward(Protocol):
     """
 
     decoder: Decoder
+    drafter: MtpHead | None
+    draft_tokens: int
     kernels: Kernels
     parameters: dict[str, jax.Array]
     batch_multiple: int
@@ -57,6 +64,46 @@ class Forward(Protocol):
 
     def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
         """As `Decoder.logits`."""
+        ...
+
+    def look(
+        self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, tuple[LookedAt, ...]]:
+        """As `Decoder.look`."""
+        ...
+
+    def accept(
+        self,
+        parameters: Parameters,
+        looked: tuple[LookedAt, ...],
+        counts: jax.Array,
+        slots: jax.Array,
+        layers: tuple[LayerCache, ...],
+    ) -> tuple[LayerCache, ...]:
+        """As `Decoder.accept`."""
+        ...
+
+    def draft(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> tuple[jax.Array, HybridCache]:
+        """As `MtpHead.__call__`, of hidden states [batch, seq, hidden] and the tokens that follow them, int32
+        [batch, seq]; the cache has the drafter's layer only."""
+        ...
+
+    def remember(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> HybridCache:
+        """As `MtpHead.remember`; arguments as of `draft`."""
         ...
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
@@ -94,16 +141,23 @@ class Forward(Protocol):
 class OneDeviceForward:
     """The model on the device its parameters lie on."""
 
-    def __init__(self, decoder: Decoder, kernels: Kernels):
+    def __init__(
+        self, decoder: Decoder, kernels: Kernels, drafter: MtpHead | None = None, draft_tokens: int = 0
+    ):
         self.decoder = decoder
+        self.drafter = drafter
+        self.draft_tokens = draft_tokens
         self.kernels = kernels
         self.parameters = named_parameters(decoder)
+        if drafter is not None:
+            self.parameters |= {MTP + name: value for name, value in named_parameters(drafter).items()}
+        self._kinds = decoder.config.layer_types + (FULL_ATTENTION,) * (drafter is not None)
         self.batch_multiple = 1
         # Keys and values follow the weights: XLA:CPU multiplies float32 at memory speed only.
         self._kv_dtype = held_dtype(decoder.dtypes.compute, kernels)
         self.devices = [jax.local_devices()[0]]
         self.memory_as_used = kernels.native is not None
-        one = jax.eval_shape(lambda: self._empty_pools(decoder.config.layer_types, 1, 1))
+        one = jax.eval_shape(lambda: self._empty_pools(self._kinds, 1, 1))
         self.page_bytes, self.state_bytes = bytes_of(one)
 
     def hidden(
@@ -116,6 +170,45 @@ class OneDeviceForward:
         """As `Decoder.logits`."""
         return with_parameters(self.decoder, parameters).logits(hidden)
 
+    def look(
+        self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, tuple[LookedAt, ...]]:
+        """As `Decoder.look`."""
+        return with_parameters(self.decoder, parameters).look(tokens, valid, cache)
+
+    def accept(
+        self,
+        parameters: Parameters,
+        looked: tuple[LookedAt, ...],
+        counts: jax.Array,
+        slots: jax.Array,
+        layers: tuple[LayerCache, ...],
+    ) -> tuple[LayerCache, ...]:
+        """As `Decoder.accept`."""
+        return with_parameters(self.decoder, parameters).accept(looked, counts, slots, layers)
+
+    def draft(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> tuple[jax.Array, HybridCache]:
+        """As of the protocol."""
+        return run_drafter(self.decoder, self.drafter, parameters, hidden, following, valid, cache)
+
+    def remember(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> HybridCache:
+        """As of the protocol."""
+        return drafter_keys(self.decoder, self.drafter, parameters, hidden, following, valid, cache)
+
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache."""
         config, compute = self.decoder.config, self.decoder.dtypes.compute
@@ -123,7 +216,7 @@ class OneDeviceForward:
 
     def new_layers(self, pages: int, slots: int) -> tuple[LayerCache, ...]:
         """Pools of this device."""
-        return self._pools(self.decoder.config.layer_types, pages, slots)
+        return self._pools(self._kinds, pages, slots)
 
     def new_states(self, entries: int) -> tuple[DeltaNetCache, ...]:
         """Pools of recurrent states only."""

@@ -9,6 +9,10 @@ from qwen_moe_jax.engine.prefix_tree import Node
 
 WAITING, PREFILL, DECODE, FINISHED = "waiting", "prefill", "decode", "finished"
 
+# Snapshots that a row which decodes keeps, of the last page borders it has passed: a row may turn out to have
+# ended before the last one, and then the one before is wanted.
+BORDERS = 2
+
 
 @dataclasses.dataclass(eq=False)
 class Group:
@@ -33,6 +37,7 @@ class Sequence:
         number: in the order of arrival.
         prompt: int32 [tokens].
         max_new_tokens: at most.
+        draft_tokens: that it drafts at most for a step.
         group: of its prompt's sequences, None if it is alone.
         emitted: new tokens that are known.
         state: WAITING, PREFILL, DECODE or FINISHED.
@@ -41,16 +46,19 @@ class Sequence:
         rank, slot, pages: that it holds.
         node: of the prefix tree, what it has pinned.
         text: prompt and what was known when it began, all of which but the last token is prefilled.
-        planned: tokens in the caches once every planned step has run.
-        planned_emitted: new tokens once every planned step has run, if it does not end before.
+        planned: tokens in the caches, at most, once every planned step has run.
+        in_flight: (fewest, most) new tokens of each decode step that is planned and not looked at yet, if the
+            row does not end before.
         borders: lengths at which prefill keeps a snapshot, ascending.
-        kept: (snapshot, length) of the last page borders that decoding has passed, the latest one last.
+        places: for snapshots of the page borders that decoding passes, in turns; None where there is none.
+        places_from: the first border that each of them is for.
         begun: its first decode step is planned.
     """
 
     number: int
     prompt: np.ndarray
     max_new_tokens: int
+    draft_tokens: int = 0
     group: Group | None = None
     emitted: list[int] = dataclasses.field(default_factory=list)
     state: str = WAITING
@@ -62,9 +70,10 @@ class Sequence:
     node: Node | None = None
     text: Any = None
     planned: int = 0
-    planned_emitted: int = 0
+    in_flight: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     borders: list[int] = dataclasses.field(default_factory=list)
-    kept: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    places: list[int | None] = dataclasses.field(default_factory=lambda: [None] * BORDERS)
+    places_from: list[int] = dataclasses.field(default_factory=lambda: [0] * BORDERS)
     begun: bool = False
     was_admitted: bool = False
 
@@ -75,6 +84,16 @@ class Sequence:
         if self.state == PREFILL:
             return self.planned
         return len(self.prompt) + len(self.emitted) - 1
+
+    @property
+    def fewest_emitted(self) -> int:
+        """New tokens once every planned step has run, at least, if it does not end before."""
+        return len(self.emitted) + sum(fewest for fewest, _ in self.in_flight)
+
+    @property
+    def most_emitted(self) -> int:
+        """The same, at most."""
+        return min(self.max_new_tokens, len(self.emitted) + sum(most for _, most in self.in_flight))
 
     def known(self, tokens: int) -> np.ndarray:
         """The first tokens of prompt and emitted text, int32."""
@@ -100,6 +119,7 @@ class PrefillRow:
         slot: of its data rank.
         start: tokens in the caches before.
         tokens: int32, those to read now.
+        following: int32, the token behind each of them.
     """
 
     sequence: Sequence
@@ -108,6 +128,7 @@ class PrefillRow:
     slot: int
     start: int
     tokens: np.ndarray
+    following: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +141,8 @@ class DecodeRow:
         slot: of its data rank.
         epoch: of the sequence; what is emitted for another one is not to be taken.
         token: to feed, at its first step since it began; None where the device goes on with what it chose.
-        length: tokens in the caches before the step, if it does not end earlier.
-        emitted: new tokens before the step, likewise.
+        length, emitted: at its first step, tokens in the caches and new tokens before it.
+        places: where it keeps its states when it passes page borders, in turns; None for nowhere.
     """
 
     sequence: Sequence
@@ -132,6 +153,7 @@ class DecodeRow:
     token: int | None
     length: int
     emitted: int
+    places: tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,17 +175,17 @@ class PrefillStep:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """Some tokens of each of some rows.
+    """Some tokens of each of some rows. The device itself keeps the states of a row that comes to the border
+    of a page: the host does not know of it yet.
 
     Attributes:
         bucket: rows of each data rank that are computed.
         rows: that there are.
-        steps: tokens a row, at most.
-        restores, saves: as of `PrefillStep`.
+        steps: forward passes, at most.
+        restores: as of `PrefillStep`.
     """
 
     bucket: int
     rows: tuple[DecodeRow, ...]
     steps: int
     restores: tuple[StateMove, ...]
-    saves: tuple[StateMove, ...]

@@ -18,6 +18,7 @@ import numpy as np
 
 from qwen_moe_jax.engine.pages import PagePool, PlacePool
 from qwen_moe_jax.engine.plan import (
+    BORDERS,
     DECODE,
     FINISHED,
     PREFILL,
@@ -33,10 +34,6 @@ from qwen_moe_jax.engine.plan import (
 from qwen_moe_jax.engine.prefix_tree import Match, PrefixTree
 from qwen_moe_jax.engine.shapes import PrefillShapes
 from qwen_moe_jax.errors import InputError
-
-# Snapshots that a row keeps of the page borders it has passed: whether it has really come to the last one is
-# known when the step has run, and until then the one before is wanted.
-_BORDERS = 2
 
 
 class _Rank:
@@ -137,13 +134,16 @@ class Scheduler:
 
     # What it is told.
 
-    def submit(self, prompt: np.ndarray, max_new_tokens: int, sequences: int = 1) -> list[Sequence]:
+    def submit(
+        self, prompt: np.ndarray, max_new_tokens: int, sequences: int = 1, draft_tokens: int = 0
+    ) -> list[Sequence]:
         """Queues the sequences of a prompt.
 
         Args:
             prompt: int32 [tokens], at least one.
             max_new_tokens: of each, at least one.
             sequences: how many.
+            draft_tokens: that a step of theirs verifies at most.
 
         Raises:
             InputError: one of them could never have the pages it needs.
@@ -151,7 +151,7 @@ class Scheduler:
         self.check_fits(len(prompt), max_new_tokens)
         made = []
         for _ in range(sequences):
-            made.append(Sequence(self._numbers, np.asarray(prompt, np.int32), max_new_tokens))
+            made.append(Sequence(self._numbers, np.asarray(prompt, np.int32), max_new_tokens, draft_tokens))
             self._numbers += 1
         if sequences > 1:
             group = Group(made[0], ready=False, waiting=sequences)
@@ -171,10 +171,12 @@ class Scheduler:
             )
 
     def emit(self, sequence: Sequence, tokens: list[int], epoch: int) -> None:
-        """Tokens that a step has chosen for a row; of a row that has ended or given its pages back since,
-        they are dropped."""
+        """Tokens that a row's oldest decode step has chosen; of a row that has ended or given its pages back
+        since, they are dropped."""
         if sequence.epoch == epoch and sequence.state == DECODE:
             sequence.emitted += tokens
+            sequence.in_flight.pop(0)
+            sequence.planned = self._most_planned(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """A row has ended, or is to end: gives back what it holds, and leaves the rest to the prefix tree."""
@@ -264,8 +266,7 @@ class Scheduler:
             sequence.was_admitted, sequence.cached = True, start
             if sequence.group is not None:
                 sequence.group.waiting -= 1
-        sequence.planned, sequence.planned_emitted = start, len(sequence.emitted)
-        sequence.kept, sequence.begun = [], False
+        sequence.planned, sequence.begun = start, False
         sequence.borders = self._borders(sequence, match) if self._keeps(sequence) else []
         self._restores.append(StateMove(number, slot, match.snapshot))
         sequence.state = PREFILL if start < len(text) - 1 else DECODE
@@ -315,8 +316,8 @@ class Scheduler:
             for row, sequence in enumerate(some[: shape[0]]):
                 start = sequence.planned
                 end = min(start + shape[1], self._until(sequence))
-                tokens = sequence.text[start:end]
-                planned.append(PrefillRow(sequence, number, row, sequence.slot, start, tokens))
+                tokens, following = sequence.text[start:end], sequence.text[start + 1 : end + 1]
+                planned.append(PrefillRow(sequence, number, row, sequence.slot, start, tokens, following))
                 sequence.planned = end
                 if end == len(sequence.text) - 1:
                     sequence.state = DECODE
@@ -346,13 +347,10 @@ class Scheduler:
     # Decoding.
 
     def _plan_decode(self, most_steps: int) -> DecodeStep | None:
-        rows = [s for s in self._running if s.state == DECODE and s.planned_emitted < s.max_new_tokens]
+        rows = [s for s in self._running if s.state == DECODE and s.fewest_emitted < s.max_new_tokens]
         if not rows:
             return None
-        steps = min(most_steps, max(s.max_new_tokens - s.planned_emitted for s in rows))
-        if self._prefix_cache and self._ranks[0].tree.snapshots.size:
-            # a step ends where a row passes the border of a page, to keep the states there
-            steps = min(steps, *(self._page_length - s.planned % self._page_length for s in rows))
+        steps = min(most_steps, max(s.max_new_tokens - s.fewest_emitted for s in rows))
         for sequence in rows:
             steps = self._get_pages(sequence, steps)
         rows = [s for s in rows if s.state == DECODE]  # others had to give way
@@ -361,10 +359,15 @@ class Scheduler:
         of_rank = [[s for s in rows if s.rank == rank] for rank in range(len(self._ranks))]
         most = max(map(len, of_rank))
         bucket = next(bucket for bucket in self._buckets if bucket >= most)
-        planned, saves = [], []
+        planned = []
         for number, some in enumerate(of_rank):
             for row, sequence in enumerate(sorted(some, key=lambda each: each.slot)):
                 token = None if sequence.begun else int(sequence.text[-1])
+                length, emitted = sequence.planned, len(sequence.emitted)
+                fewest = min(steps, sequence.max_new_tokens - sequence.fewest_emitted)
+                sequence.in_flight.append((fewest, self._advance(sequence, steps)))
+                sequence.planned = self._most_planned(sequence)
+                self._get_places(sequence, length)
                 planned.append(
                     DecodeRow(
                         sequence,
@@ -373,19 +376,21 @@ class Scheduler:
                         sequence.slot,
                         sequence.epoch,
                         token,
-                        sequence.planned,
-                        sequence.planned_emitted,
+                        length,
+                        emitted,
+                        tuple(sequence.places),
                     )
                 )
                 sequence.begun = True
-                advance = self._advance(sequence, steps)
-                sequence.planned += advance
-                sequence.planned_emitted += advance
-                saves += self._keep_border(sequence)
-        return DecodeStep(bucket, tuple(planned), steps, tuple(self._restores), tuple(saves))
+        return DecodeStep(bucket, tuple(planned), steps, tuple(self._restores))
 
     def _advance(self, sequence: Sequence, steps: int) -> int:
-        return min(steps, sequence.max_new_tokens - sequence.planned_emitted)
+        """New tokens of a decode step, at most."""
+        most = steps * (1 + sequence.draft_tokens)
+        return min(most, sequence.max_new_tokens - sequence.most_emitted)
+
+    def _most_planned(self, sequence: Sequence) -> int:
+        return len(sequence.prompt) + sequence.most_emitted - 1
 
     def _get_pages(self, sequence: Sequence, steps: int) -> int:
         """Pages for the tokens of a step, if need be of fewer steps, or of the youngest rows.
@@ -395,8 +400,8 @@ class Scheduler:
         """
         rank = self._ranks[sequence.rank]
         while sequence.state == DECODE:
-            wanted = self._pages_for(sequence.planned + self._advance(sequence, steps))
-            if len(sequence.pages) >= wanted:
+            advance = self._advance(sequence, steps)
+            if len(sequence.pages) >= self._pages_for(sequence.planned + advance):
                 break
             page = rank.take_page()
             if page is not None:
@@ -404,22 +409,22 @@ class Scheduler:
                 self._write_table(sequence)
             elif steps > 1:
                 steps = 1
+            elif len(sequence.pages) >= self._pages_for(sequence.planned + min(1, advance)):
+                break  # it takes no more tokens than there is room for
             else:
                 self._preempt(max((s for s in self._running if s.rank == sequence.rank), key=_by_number))
         return steps
 
-    def _keep_border(self, sequence: Sequence) -> list[StateMove]:
-        """Keeps the states of a row that has come to the border of a page; only of the last two borders."""
-        if not self._prefix_cache or sequence.planned % self._page_length:
-            return []
-        tree = self._ranks[sequence.rank].tree
-        place = tree.place_for_snapshot() if len(sequence.kept) < _BORDERS else None
-        if place is None:
-            if not sequence.kept:
-                return []
-            place, _ = sequence.kept.pop(0)
-        sequence.kept.append((place, sequence.planned))
-        return [StateMove(sequence.rank, sequence.slot, place)]
+    def _get_places(self, sequence: Sequence, before: int) -> None:
+        """Places for snapshots at the page borders that a row may come to with its next step."""
+        if not self._prefix_cache:
+            return
+        tree, length = self._ranks[sequence.rank].tree, self._page_length
+        for number in range(before // length + 1, sequence.planned // length + 1):
+            turn = number % BORDERS
+            if sequence.places[turn] is None:
+                sequence.places[turn] = tree.place_for_snapshot()
+                sequence.places_from[turn] = number * length
 
     # Going out.
 
@@ -430,23 +435,38 @@ class Scheduler:
             known = sequence.known(sequence.confirmed // self._page_length * self._page_length)
             assert sequence.node is not None
             sequence.node = tree.insert(known, sequence.pages, sequence.node)
-            passed = [kept for kept in sequence.kept if kept[1] <= sequence.confirmed]
-            if passed:
-                place, length = passed[-1]
+            found = self._passed_border(sequence)
+            if found is not None:
+                turn, length = found
+                place, sequence.places[turn] = sequence.places[turn], None
                 node = sequence.node
                 while node.depth * self._page_length > length:
                     assert node.parent is not None
                     node = node.parent
+                assert place is not None
                 tree.keep(node, place)
-                sequence.kept.remove(passed[-1])
+
+    def _passed_border(self, sequence: Sequence) -> tuple[int, int] | None:
+        """(turn, length) of the last page border that a row has decoded past and whose snapshot still holds
+        it; None if there is none."""
+        page = self._page_length
+        last = sequence.confirmed // page * page
+        for border in range(last, last - BORDERS * page, -page):
+            turn = border // page % BORDERS
+            kept = sequence.places[turn] is not None and sequence.places_from[turn] <= border
+            # the row may have come further than is known, and have written over it
+            if kept and border <= sequence.confirmed and sequence.planned < border + BORDERS * page:
+                return turn, border
+        return None
 
     def _give_back(self, sequence: Sequence) -> None:
         """What a row holds goes back; its place is free at once, since steps run in their order."""
         rank = self._ranks[sequence.rank]
         assert sequence.node is not None
-        for place, _ in sequence.kept:
-            rank.tree.snapshots.release(place)
-        sequence.kept = []
+        for place in sequence.places:
+            if place is not None:
+                rank.tree.snapshots.release(place)
+        sequence.places, sequence.in_flight = [None] * BORDERS, []
         rank.tree.unpin(sequence.node)
         if not self._prefix_cache and (sequence.group is None or not sequence.group.waiting):
             rank.tree.forget(sequence.node)

@@ -4,73 +4,19 @@ Every step takes the pools (and is donated them) and returns the next ones. A st
 all other rows' pages and slots stay as they are. Nothing here knows text, or why a row is where it is.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from qwen_moe_jax.engine.decoding import decode
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.sampling import SamplingParams, choose_tokens, log_probabilities, most_likely
-from qwen_moe_jax.formats.cache import DeltaNetCache, HybridCache, LayerCache, Placement
+from qwen_moe_jax.engine.rows import Block, Entries, Layers, Roster, RowStates, States
+from qwen_moe_jax.formats.cache import HybridCache, Placement
 
-BLOCK_STEPS = 16  # most decode steps in one device call
-END_IDS = 8  # end tokens that the device looks for in a row; the host looks for all of them
 MOVES = 8  # states that one call moves on a data rank, at most
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RowStates:
-    """What the device knows of rows: in a step those of the step, between steps one entry for each slot. Both
-    are of each data rank, one behind the other, and lie on that rank."""
-
-    token: jax.Array  # [rows] int32: chosen, or the last one of the prompt, and not yet in the caches
-    length: jax.Array  # [rows] int32, tokens in the caches
-    emitted: jax.Array  # [rows] int32, tokens chosen so far
-    finished: jax.Array  # [rows] bool
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """Rows that begin to decode with this step: what the host says of them, for all rows of the step.
-
-    Where `begins` is false, the rest means nothing.
-    """
-
-    begins: jax.Array  # [rows] bool
-    token: jax.Array  # [rows] int32
-    length: jax.Array  # [rows] int32
-    emitted: jax.Array  # [rows] int32
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Roster:
-    """The rows of a decode step: as many of each data rank, one rank behind the other."""
-
-    slots: jax.Array  # [rows] int32, on the row's data rank; their number there for none
-    limit: jax.Array  # [rows] int32, most tokens to emit
-    end_ids: jax.Array  # [rows, END_IDS] int32, -1 where there are fewer
-    sampling: SamplingParams
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What one call emitted: row b's first `count[b]` entries."""
-
-    tokens: jax.Array  # [rows, BLOCK_STEPS] int32
-    logprobs: jax.Array  # [rows, BLOCK_STEPS] float32
-    count: jax.Array  # [rows] int32
-
-
-Layers = tuple[LayerCache, ...]
-States = tuple[DeltaNetCache, ...]
 
 
 class Steps:
@@ -84,7 +30,9 @@ class Steps:
         self.forward = forward
         jit = partial(jax.jit, compiler_options=forward.kernels.compiler_options)
         self._prefill = jit(partial(_prefill, forward), donate_argnames="layers")
-        self._decode = jit(partial(_decode, forward), donate_argnames=("layers", "states", "seen"))
+        self._decode = jit(
+            partial(decode, forward), donate_argnames=("layers", "snapshots", "states", "seen")
+        )
         self._move = jit(forward.move_states, donate_argnums=0)
         self._remember = jit(partial(_remember, forward), donate_argnames="seen")
 
@@ -95,13 +43,19 @@ class Steps:
         return sum(function._cache_size() for function in functions)
 
     def prefill(
-        self, layers: Layers, tokens: np.ndarray, counts: np.ndarray, placed: Placement
+        self,
+        layers: Layers,
+        tokens: np.ndarray,
+        following: np.ndarray | None,
+        counts: np.ndarray,
+        placed: Placement,
     ) -> tuple[Layers, jax.Array]:
         """Prompt tokens into the pools.
 
         Args:
             layers: the pools.
             tokens: int32 [rows, chunk]: rows of each data rank, one rank behind the other.
+            following: the token behind each of them, for the drafter; None without one.
             counts: int32 [rows], tokens of a row; the rest of it are pads.
             placed: where they lie.
 
@@ -109,24 +63,33 @@ class Steps:
             (the pools, something to wait for).
         """
         return self._prefill(
-            self.forward.parameters, layers=layers, tokens=tokens, counts=counts, placed=placed
+            self.forward.parameters,
+            layers=layers,
+            tokens=tokens,
+            following=following,
+            counts=counts,
+            placed=placed,
         )
 
     def decode(
         self,
         layers: Layers,
+        snapshots: States,
         states: RowStates,
         seen: jax.Array | None,
         *,
         roster: Roster,
         entries: Entries,
         tables: Any,
+        capacity: Any,
         steps: int,
-    ) -> tuple[Layers, RowStates, jax.Array | None, Block]:
-        """Up to `steps` (at most BLOCK_STEPS) tokens of each row; fewer when all rows have finished.
+    ) -> tuple[Layers, States, RowStates, jax.Array | None, Block]:
+        """Up to `steps` (at most BLOCK_STEPS) forward passes, fewer when all rows have finished; each gives
+        every row one token, or some with drafts.
 
         Args:
             layers: the pools.
+            snapshots: pools of states; a row that comes to the border of a page leaves its own at its place.
             states: of all rows.
             seen: int32 [slots, vocab], the `sampling.history` of every row that penalties count for; None if
                 every row of the step takes the most likely token without penalties: then nothing else is
@@ -134,19 +97,22 @@ class Steps:
             roster: the rows of this step.
             entries: what the host says of those that begin.
             tables: int32 [slots, width], the pages of every row.
+            capacity: int32 [slots], tokens that every row has pages for; a row without room waits.
             steps: at least one.
 
         Returns:
-            (pools, states, seen, what was emitted).
+            (pools, snapshots, states, seen, what was emitted).
         """
         return self._decode(
             self.forward.parameters,
             layers=layers,
+            snapshots=snapshots,
             states=states,
             seen=seen,
             roster=roster,
             entries=entries,
             tables=tables,
+            capacity=capacity,
             steps=np.int32(steps),
         )
 
@@ -170,146 +136,53 @@ class Steps:
         return self._remember(seen=seen, slots=slots, histories=histories)
 
     def lower_prefill(
-        self, layers: Layers, tokens: Any, counts: Any, placed: Placement
+        self, layers: Layers, tokens: Any, following: Any, counts: Any, placed: Placement
     ) -> jax.stages.Lowered:
         """The program of `prefill`, of arguments without values."""
         return self._prefill.lower(
-            self.forward.parameters, layers=layers, tokens=tokens, counts=counts, placed=placed
+            self.forward.parameters,
+            layers=layers,
+            tokens=tokens,
+            following=following,
+            counts=counts,
+            placed=placed,
         )
 
     def lower_decode(
-        self, layers: Layers, states: RowStates, roster: Roster, entries: Entries, tables: Any
+        self,
+        layers: Layers,
+        snapshots: States,
+        states: RowStates,
+        roster: Roster,
+        entries: Entries,
+        tables: Any,
+        capacity: Any,
     ) -> jax.stages.Lowered:
         """The program of `decode` for greedy rows, of arguments without values."""
         return self._decode.lower(
             self.forward.parameters,
             layers=layers,
+            snapshots=snapshots,
             states=states,
             seen=None,
             roster=roster,
             entries=entries,
             tables=tables,
+            capacity=capacity,
             steps=jax.ShapeDtypeStruct((), jnp.int32),
         )
 
 
-def empty_states(slots: int) -> RowStates:
-    """No row has begun; arrays of the host, equal in all processes."""
-    token, length, emitted = (np.zeros(slots, np.int32) for _ in range(3))
-    arrays: Any = token, length, emitted, np.ones(slots, bool)
-    return RowStates(*arrays)
-
-
-def _prefill(model: Forward, params, *, layers: Layers, tokens, counts, placed: Placement):
+def _prefill(model: Forward, params, *, layers: Layers, tokens, following, counts, placed: Placement):
     valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < counts[:, None]
-    # The hidden states are not looked at, so that the compiler drops what only they need: the last layer's
-    # experts and the final norm.
-    _, cache = model.hidden(params, tokens, valid, HybridCache(layers, placed))
-    return cache.layers, jnp.zeros((), jnp.int32)
-
-
-# What is known of rows is computed on the data rank that they lie on, inside of `Forward.by_row`: only tokens
-# and log-probabilities are exchanged, all at once at the end. The arguments of these functions are one
-# rank's.
-
-
-def _enter(
-    states: RowStates, roster: Roster, entries: Entries, tables: jax.Array
-) -> tuple[RowStates, jax.Array]:
-    """The rows of a step out of their slots, or as the host says; and their tables."""
-    held = roster.slots < states.token.shape[0]
-
-    def of_row(kept: jax.Array, given: jax.Array) -> jax.Array:
-        return jnp.where(entries.begins, given, kept.at[roster.slots].get(mode="clip"))
-
-    rows = RowStates(
-        token=of_row(states.token, entries.token),
-        length=jnp.where(held, of_row(states.length, entries.length), 0),
-        emitted=of_row(states.emitted, entries.emitted),
-        finished=of_row(states.finished, jnp.zeros_like(held)) | ~held,
-    )
-    return rows, tables.at[roster.slots].get(mode="clip")
-
-
-def _choose(
-    step: jax.Array,
-    logits: jax.Array,
-    rows: RowStates,
-    roster: Roster,
-    seen: jax.Array | None,
-    found: jax.Array,
-) -> tuple[RowStates, jax.Array | None, jax.Array]:
-    """The next token of every row that runs; it is written to `found`, with its log-probability's bits."""
-    running = (~rows.finished).astype(jnp.int32)
-    if seen is None:
-        chosen = most_likely(logits)
-    else:
-        own = seen.at[roster.slots].get(mode="clip")
-        chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
-        seen = seen.at[roster.slots, chosen].add(running, mode="drop")
-    bits = lax.bitcast_convert_type(log_probabilities(logits, chosen), jnp.int32)
-    found = lax.dynamic_update_index_in_dim(found, jnp.stack([chosen, bits], axis=1), step, axis=1)
-    emitted = rows.emitted + running
-    ends = (chosen[:, None] == roster.end_ids).any(axis=1) | (emitted >= roster.limit)
-    rows = RowStates(
-        token=jnp.where(rows.finished, rows.token, chosen),
-        length=rows.length + running,
-        emitted=emitted,
-        finished=rows.finished | ends,
-    )
-    return rows, seen, found
-
-
-def _leave(states: RowStates, rows: RowStates, roster: Roster) -> RowStates:
-    """The rows of a step back into their slots."""
-    return jax.tree.map(lambda kept, value: kept.at[roster.slots].set(value, mode="drop"), states, rows)
-
-
-def _decode(
-    model: Forward,
-    params,
-    *,
-    layers: Layers,
-    states: RowStates,
-    seen: jax.Array | None,
-    roster: Roster,
-    entries: Entries,
-    tables,
-    steps,
-):
-    start, table = model.by_row(_enter, states, roster, entries, tables)
-
-    def one_step(carry):
-        step, layers, rows, seen, found = carry
-        placed = Placement(tables=table, slots=roster.slots, length=rows.length)
-        # a finished row feeds a pad: its caches stand still
-        tokens, running = rows.token[:, None], ~rows.finished[:, None]
-        hidden, cache = model.hidden(params, tokens, running, HybridCache(layers, placed))
-        logits = model.logits(params, hidden[:, 0])
-        with jax.named_scope("sampling"):
-            rows, seen, found = model.by_row(_choose, step, logits, rows, roster, seen, found)
-        return step + 1, cache.layers, rows, seen, found
-
-    def unfinished(carry):
-        step, _, rows, _, _ = carry
-        return (step < steps) & ~rows.finished.all()
-
-    nothing = jnp.zeros((roster.slots.shape[0], BLOCK_STEPS, 2), jnp.int32)
-    carry = jnp.int32(0), layers, start, seen, model.by_row(lambda found: found, nothing)
-    _, layers, rows, seen, found = lax.while_loop(unfinished, one_step, carry)
-
-    def together(found, rows, start):
-        count = rows.emitted - start.emitted
-        return jnp.concatenate([found.reshape(len(count), -1), count[:, None]], axis=1)
-
-    whole = model.everywhere(model.by_row(together, found, rows, start))
-    found = whole[:, :-1].reshape(-1, BLOCK_STEPS, 2)
-    block = Block(
-        tokens=found[..., 0],
-        logprobs=lax.bitcast_convert_type(found[..., 1], jnp.float32),
-        count=whole[:, -1],
-    )
-    return layers, model.by_row(_leave, states, rows, roster), seen, block
+    own = len(layers) - (model.drafter is not None)
+    # Without drafter the hidden states are not looked at, so that the compiler drops what only they need: the
+    # last layer's experts and the final norm.
+    hidden, cache = model.hidden(params, tokens, valid, HybridCache(layers[:own], placed))
+    after = cache.layers
+    if model.drafter is not None:
+        after += model.remember(params, hidden, following, valid, HybridCache(layers[own:], placed)).layers
+    return after, jnp.zeros((), jnp.int32)
 
 
 def _remember(model: Forward, *, seen, slots, histories) -> jax.Array:

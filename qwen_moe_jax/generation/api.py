@@ -15,6 +15,7 @@ from qwen_moe_jax.checkpoint.parts import part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.core import Core
+from qwen_moe_jax.engine.drafting import MOST_DRAFTS, default_drafts
 from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.engine.pools import pool_sizes
 from qwen_moe_jax.engine.steps import Steps
@@ -32,14 +33,14 @@ from qwen_moe_jax.generation.loading import (
     with_stored_scales,
 )
 from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.parts import load_mtp
+from qwen_moe_jax.generation.parts import holds_mtp, load_mtp
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.kernels.target import current_target
 from qwen_moe_jax.model.decoder import Decoder
-from qwen_moe_jax.model.mtp import MtpHead
+from qwen_moe_jax.model.mtp import MTP, MtpHead
 from qwen_moe_jax.parallel.choose import choose_layout
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -66,6 +67,7 @@ class QwenMoe:
         kernels: the table of implementations, with what was asked for.
         read_bytes: bytes of weights that this process read from files.
         sequence_logits: the compiled forward that `logits` uses.
+        draft_tokens: that multi-token prediction drafts at most for a step; 0 where it does not.
     """
 
     def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None, kernels: Kernels):
@@ -80,6 +82,7 @@ class QwenMoe:
         self.kernels = kernels
         self.read_bytes = loaded.read_bytes
         self.sequence_logits = SequenceLogits(loaded.forward)
+        self.draft_tokens = loaded.forward.draft_tokens
         self._steps = Steps(loaded.forward)
         self._engine: Engine | None = None
         self._decoder = decoder
@@ -99,6 +102,7 @@ class QwenMoe:
         expert_dispatch: str = "psum",
         exact: bool = False,
         attention: str = "tensor",
+        draft_tokens: int | str = "auto",
         kernels: str | Mapping[str, str] = "auto",
         progress: bool = False,
         compilation_cache: str | Path | None = "auto",
@@ -121,6 +125,9 @@ class QwenMoe:
                 not divided along it and that the experts' sum moves top_k times the bytes.
             attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
                 and vocabulary) or "data" (other rows of the batch).
+            draft_tokens: how many tokens multi-token prediction drafts at most for a step, in each row as
+                long as its drafts hold; 0 leaves it out, "auto" is the number of `engine.drafting` for the
+                target where the checkpoint holds it. The text is the same with any number.
             kernels: which implementation of each operation runs: "auto" for the table of `kernels/table.py`,
                 "xla" for no kernel of this library's own, or operation -> implementation, such as
                 {"experts": "grouped"}; `describe()` says which run.
@@ -149,7 +156,9 @@ class QwenMoe:
             exact=exact,
             attention=attention,
         )
-        return cls(load_forward(folder, config, compute, table, progress, layout), folder, layout, table)
+        drafts = _drafts_of(draft_tokens, folder, table, exact=exact)
+        loaded = load_forward(folder, config, compute, table, progress, layout, drafts)
+        return cls(loaded, folder, layout, table)
 
     @property
     def decoder(self) -> Decoder:
@@ -346,9 +355,8 @@ class QwenMoe:
         """The parameters as a checkpoint has them."""
         if self.layout is not None:
             return self.layout.stored(self._parameters)
-        if not self.config.float8:
-            return self._parameters
-        return with_stored_scales(self.config, self._parameters)
+        text = {name: value for name, value in self._parameters.items() if not name.startswith(MTP)}
+        return text if not self.config.float8 else with_stored_scales(self.config, text)
 
     def check_layout(self, *, seed: int = 0, progress: bool = False) -> "LayoutReport":
         """Compares the mesh with one device on random tokens, layer by layer and branch by branch.
@@ -373,7 +381,7 @@ class QwenMoe:
             self.layout,
             self.dtype,
             self.kernels,
-            parameters=self._parameters,
+            parameters={n: value for n, value in self._parameters.items() if not n.startswith(MTP)},
             seed=seed,
             progress=progress,
         )
@@ -382,6 +390,12 @@ class QwenMoe:
         if config is not None and not isinstance(config, GenerationConfig):
             raise InputError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig.")
         config = (config or GenerationConfig()).override(**options)
+        most = self.draft_tokens
+        if config.draft_tokens is not None and config.draft_tokens > most:
+            raise InputError(
+                f"draft_tokens is {config.draft_tokens}, and this model drafts at most {most}; load a "
+                f"checkpoint with multi-token prediction, with draft_tokens={config.draft_tokens}."
+            )
         outside = [i for i in config.eos_ids or () if not 0 <= i < self.config.vocab_size]
         if outside:
             raise InputError(
@@ -428,10 +442,25 @@ class QwenMoe:
         self._check_length(batch, config.max_new_tokens)
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
         seeds = config.seeds(len(batch.rows))
+        drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
         return [
-            Asked(ids=row, config=config, end_ids=end_ids, seed=seed)
+            Asked(ids=row, config=config, end_ids=end_ids, seed=seed, draft_tokens=drafts)
             for row, seed in zip(batch.rows, seeds, strict=True)
         ]
+
+
+def _drafts_of(asked: Any, folder: Path, kernels: Kernels, *, exact: bool) -> int:
+    """How many tokens a model drafts for a step."""
+    if asked == "auto":
+        return default_drafts(kernels) if not exact and holds_mtp(folder) else 0
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= MOST_DRAFTS:
+        raise InputError(f'draft_tokens is {asked!r}; expected 0 to {MOST_DRAFTS}, or "auto".')
+    if asked and exact:
+        raise InputError(
+            f"draft_tokens is {asked} with exact=True, but sums over several tokens at a time differ in "
+            "their last bits from those over one; expected draft_tokens=0."
+        )
+    return asked
 
 
 def _template_options(enable_thinking: bool | None) -> dict[str, Any]:
@@ -451,6 +480,8 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
             prompt_tokens=sum(out.usage.prompt_tokens for out in found),
             cached_prompt_tokens=sum(out.usage.cached_prompt_tokens for out in found),
             generated_tokens=sum(out.usage.generated_tokens for out in found),
+            drafted_tokens=sum(out.usage.drafted_tokens for out in found),
+            accepted_tokens=sum(out.usage.accepted_tokens for out in found),
             prefill_seconds=first - began,
             decode_seconds=ended - first,
         ),

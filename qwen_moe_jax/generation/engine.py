@@ -30,12 +30,14 @@ class Asked:
         config: checked.
         end_ids: tokens that end a text.
         seed: of this prompt.
+        draft_tokens: that a step verifies at most.
     """
 
     ids: np.ndarray
     config: GenerationConfig
     end_ids: tuple[int, ...]
     seed: int
+    draft_tokens: int
 
 
 class Model(Protocol):
@@ -57,6 +59,8 @@ class EngineStats:
         prompt_tokens: of the requests submitted.
         cached_prompt_tokens: of these, found in the prefix cache.
         generated_tokens: of all requests.
+        drafted_tokens, accepted_tokens: drafts of multi-token prediction that were verified, and those of
+            them that hold.
         pages, free_pages: of all data ranks; free ones are those that a request may take, which includes
             the prefix cache's.
         cached_pages: pages that only the prefix cache holds.
@@ -70,6 +74,8 @@ class EngineStats:
     prompt_tokens: int
     cached_prompt_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     pages: int
     free_pages: int
     cached_pages: int
@@ -249,7 +255,9 @@ class Engine:
             sampling=tuple(config.row_sampling(asked.seed, index) for index in range(len(rows))),
             end_ids=asked.end_ids,
             one_by_one=one_by_one or bool(config.stops),
+            draft_tokens=asked.draft_tokens,
             take=lambda index, token, logprob: self._take(request, index, token, logprob),
+            drafted=request.count_drafts,
         )
         return request, job
 
@@ -290,6 +298,8 @@ class Engine:
             prompt_tokens=core.prompt_tokens,
             cached_prompt_tokens=core.cached_prompt_tokens,
             generated_tokens=core.generated_tokens,
+            drafted_tokens=core.drafted_tokens,
+            accepted_tokens=core.accepted_tokens,
             pages=core.ranks * core.sizes.pages,
             free_pages=scheduler.free_pages + scheduler.cached_pages,
             cached_pages=scheduler.cached_pages,

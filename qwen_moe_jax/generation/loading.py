@@ -18,12 +18,14 @@ from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.forward import Forward, OneDeviceForward
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
+from qwen_moe_jax.generation.parts import load_mtp, read_mtp_targets, stored_mtp_layers
 from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.mtp import MTP
 from qwen_moe_jax.model.params import DtypePolicy
-from qwen_moe_jax.parallel.forward import MeshForward
+from qwen_moe_jax.parallel.forward import MeshForward, layout_drafter
 from qwen_moe_jax.parallel.layout import Layout
 
 
@@ -99,6 +101,7 @@ def load_forward(
     kernels: Kernels,
     progress: bool,
     layout: Layout | None = None,
+    draft_tokens: int = 0,
 ) -> Loaded:
     """Reads a checkpoint in Hugging Face or Orbax layout.
 
@@ -109,6 +112,7 @@ def load_forward(
         kernels: what it is compiled for.
         progress: show a bar.
         layout: None means the default device.
+        draft_tokens: that multi-token prediction drafts at most for a step; 0 leaves it out.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or does not fit its configuration.
@@ -117,11 +121,21 @@ def load_forward(
     if layout is None:
         decoder, targets = whole_decoder(config, policy, kernels)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
-        forward: Forward = OneDeviceForward(with_parameters(decoder, parameters), kernels)
+        drafter = load_mtp(folder, config, compute, kernels, progress=progress) if draft_tokens else None
+        forward: Forward = OneDeviceForward(
+            with_parameters(decoder, parameters), kernels, drafter, draft_tokens
+        )
     else:
         targets = layout.targets(policy)
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
-        forward = MeshForward(layout, policy, kernels, parameters)
+        head = None
+        if draft_tokens:
+            layers = stored_mtp_layers(folder)
+            head, drafter_targets = layout_drafter(layout, layers, policy, kernels)
+            own, more_bytes = read_mtp_targets(folder, drafter_targets, config, layers, progress)
+            parameters |= {MTP + name: value for name, value in own.items()}
+            read_bytes += more_bytes
+        forward = MeshForward(layout, policy, kernels, parameters, head, draft_tokens)
     return Loaded(
         forward=forward,
         eos_token_ids=_eos_ids(folder, config),

@@ -41,6 +41,7 @@ class Request:
         self.first_token: float | None = None
         self.ended: float | None = None
         self.cached_prompt_tokens = 0
+        self._drafted = self._accepted = 0
         self._rows = rows
         self._runner = runner
         self._logprobs, self._texts = logprobs, texts
@@ -124,6 +125,8 @@ class Request:
                 prompt_tokens=self.prompt_tokens,
                 cached_prompt_tokens=self.cached_prompt_tokens,
                 generated_tokens=sum(len(row.tokens) for row in self._rows),
+                drafted_tokens=self._drafted,
+                accepted_tokens=self._accepted,
                 prefill_seconds=first - self.started,
                 decode_seconds=self.ended - first,
             ),
@@ -153,6 +156,11 @@ class Request:
         if self.done:
             self._call_ends()
         return row.finish_reason is not None
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Drafts of a step that were verified, and those of them that hold."""
+        self._drafted += drafted
+        self._accepted += accepted
 
     def end(self, error: BaseException | None = None) -> None:
         """It was cancelled, or the engine failed."""

@@ -11,6 +11,8 @@ class Usage:
         prompt_tokens: tokens read, over all prompts.
         cached_prompt_tokens: of these, found in the prefix cache instead of being computed.
         generated_tokens: tokens returned, over all sequences.
+        drafted_tokens: drafts of multi-token prediction that were verified.
+        accepted_tokens: of these, those that were what the model says.
         prefill_seconds: until the first token of every row was chosen.
         decode_seconds: from there to the end.
     """
@@ -18,6 +20,8 @@ class Usage:
     prompt_tokens: int
     cached_prompt_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     prefill_seconds: float
     decode_seconds: float
 

@@ -10,10 +10,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_moe_jax.formats.cache import PAGE, DeltaNetCache, HybridCache, LayerCache, move_states, states_of
+from qwen_moe_jax.checkpoint.parts import mtp_shapes
+from qwen_moe_jax.checkpoint.targets import Target
+from qwen_moe_jax.config import FULL_ATTENTION
+from qwen_moe_jax.formats.cache import (
+    PAGE,
+    DeltaNetCache,
+    HybridCache,
+    LayerCache,
+    LookedAt,
+    move_states,
+    states_of,
+)
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
+from qwen_moe_jax.model.mtp import MTP, MtpHead, abstract_mtp, drafter_keys, run_drafter
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
@@ -29,20 +41,34 @@ class MeshForward:
     """
 
     def __init__(
-        self, layout: Layout, policy: DtypePolicy, kernels: Kernels, parameters: dict[str, jax.Array]
+        self,
+        layout: Layout,
+        policy: DtypePolicy,
+        kernels: Kernels,
+        parameters: dict[str, jax.Array],
+        drafter: MtpHead | None = None,
+        draft_tokens: int = 0,
     ):
         self.layout = layout
+        self.drafter = drafter
+        self.draft_tokens = draft_tokens
+        self._drafter_kinds = (FULL_ATTENTION,) * (drafter is not None)
         self.kernels = kernels
         self.parameters = parameters
         self.batch_multiple = layout.batch_multiple
         self.decoder = layout_decoder(layout, policy, kernels)
-        self._specs = {name: layout.spec(name, value.ndim) for name, value in parameters.items()}
+        self._specs = {
+            name: layout.spec(name.removeprefix(MTP), value.ndim) for name, value in parameters.items()
+        }
         self._batch = PartitionSpec(layout.batch_axes or None)
         self._makers: dict[tuple[Any, ...], Any] = {}
         self.devices = [d for d in _mesh_devices(layout) if d.process_index == jax.process_index()]
         self.memory_as_used = False
         held = holding(layout, dataclasses.replace(policy, matrix=held_dtype(policy.compute, kernels)))
         self.page_bytes, self.state_bytes = held.kv_per_token * PAGE, held.state
+        attention = layout.config.layer_types.count(FULL_ATTENTION)
+        if drafter is not None and attention:
+            self.page_bytes += self.page_bytes // attention
         self._conv_dtype = policy.compute
         self._kv_dtype = held_dtype(policy.compute, kernels)
 
@@ -72,6 +98,80 @@ class MeshForward:
             on_a_rank, mesh=self.layout.mesh, in_specs=(self._specs, self._batch), out_specs=self._batch
         )(dict(parameters), hidden)
 
+    def look(
+        self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
+    ) -> tuple[jax.Array, tuple[LookedAt, ...]]:
+        """As `Decoder.look`."""
+
+        def on_a_rank(parameters, tokens, valid, cache):
+            return with_parameters(self.decoder, parameters).look(tokens, valid, cache)
+
+        return jax.shard_map(
+            on_a_rank,
+            mesh=self.layout.mesh,
+            in_specs=(self._specs, self._batch, self._batch, self.layout.cache_specs()),
+            out_specs=(self._batch, self.layout.looked_at_specs()),
+        )(dict(parameters), tokens, valid, cache)
+
+    def accept(
+        self,
+        parameters: Parameters,
+        looked: tuple[LookedAt, ...],
+        counts: jax.Array,
+        slots: jax.Array,
+        layers: tuple[LayerCache, ...],
+    ) -> tuple[LayerCache, ...]:
+        """As `Decoder.accept`."""
+        pools = self.layout.cache_specs().layers
+
+        def on_a_rank(parameters, looked, counts, slots, layers):
+            return with_parameters(self.decoder, parameters).accept(looked, counts, slots, layers)
+
+        return jax.shard_map(
+            on_a_rank,
+            mesh=self.layout.mesh,
+            in_specs=(self._specs, self.layout.looked_at_specs(), self._batch, self._batch, pools),
+            out_specs=pools,
+        )(dict(parameters), looked, counts, slots, layers)
+
+    def draft(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> tuple[jax.Array, HybridCache]:
+        """As `run_drafter`."""
+        return self._drafted(
+            run_drafter, (self._batch, self._drafter_specs), parameters, hidden, following, valid, cache
+        )
+
+    def remember(
+        self,
+        parameters: Parameters,
+        hidden: jax.Array,
+        following: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+    ) -> HybridCache:
+        """As `drafter_keys`."""
+        return self._drafted(drafter_keys, self._drafter_specs, parameters, hidden, following, valid, cache)
+
+    @property
+    def _drafter_specs(self) -> HybridCache:
+        return self.layout.cache_specs(self._drafter_kinds)
+
+    def _drafted(self, run: Callable[..., Any], out_specs: Any, parameters: Parameters, *given: Any) -> Any:
+        """What the drafter gives, each rank by its part."""
+        batch = self._batch
+        return jax.shard_map(
+            partial(run, self.decoder, self.drafter),
+            mesh=self.layout.mesh,
+            in_specs=(self._specs, batch, batch, batch, self._drafter_specs),
+            out_specs=out_specs,
+        )(dict(parameters), *given)
+
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache, made where it lies."""
         make = partial(self.layout.empty_cache, batch, capacity, self._kv_dtype, self._conv_dtype)
@@ -79,8 +179,9 @@ class MeshForward:
 
     def new_layers(self, pages: int, slots: int) -> tuple[LayerCache, ...]:
         """Pools of the whole mesh, made where they lie."""
-        make = partial(self.layout.empty_layers, pages, slots, self._kv_dtype, self._conv_dtype)
-        return self._made(("layers", pages, slots), make, self.layout.cache_specs().layers)
+        kinds = self.layout.config.layer_types + self._drafter_kinds
+        make = partial(self.layout.empty_layers, pages, slots, self._kv_dtype, self._conv_dtype, kinds)
+        return self._made(("layers", pages, slots), make, self.layout.cache_specs(kinds).layers)
 
     def new_states(self, entries: int) -> tuple[DeltaNetCache, ...]:
         """Pools of recurrent states only, made where they lie."""
@@ -141,3 +242,19 @@ def layout_decoder(layout: Layout, policy: DtypePolicy, kernels: Kernels) -> Dec
         fused=layout.shared_expert == "fused",
         blocks=layout.blocks,
     )
+
+
+def layout_drafter(
+    layout: Layout, layers: int, policy: DtypePolicy, kernels: Kernels
+) -> tuple[MtpHead, dict[str, Target]]:
+    """The abstract drafter that every rank of a layout runs, and what its parameters are read as (by
+    canonical name, without `MTP`).
+
+    Args:
+        layers: `mtp_num_hidden_layers` of config.json.
+        layout, policy, kernels: of the model.
+    """
+    targets, blocks = layout.part_targets(mtp_shapes(layout.config, layers), policy)
+    fused = layout.shared_expert == "fused"
+    head = abstract_mtp(layout.config, layers, policy, kernels, blocks, layout.ranks(), fused=fused)
+    return head, targets

@@ -20,9 +20,11 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.formats.cache import (
     CacheSizes,
     DeltaNetCache,
+    DeltaNetInputs,
     HybridCache,
     KVCache,
     LayerCache,
+    LookedAt,
     Placement,
     empty_layers,
     own_rows,
@@ -230,16 +232,24 @@ class Layout:
     def targets(self, policy: DtypePolicy) -> dict[str, Target]:
         """Every parameter as it is held on the mesh, by canonical name; fused, the shared expert is part of
         the expert stacks and has no parameters of its own."""
-        return self._targets_and_blocks(policy)[0]
+        return self.part_targets(parameter_shapes(self.config), policy)[0]
 
     @property
     def blocks(self) -> Blocks:
         """What a scale of each float8 matrix is held for."""
-        return self._targets_and_blocks(DtypePolicy(compute=_ANY, matrix=_ANY))[1]
+        return self.part_targets(parameter_shapes(self.config), DtypePolicy(compute=_ANY, matrix=_ANY))[1]
 
-    def _targets_and_blocks(self, policy: DtypePolicy) -> tuple[dict[str, Target], Blocks]:
+    def part_targets(
+        self, shapes: Mapping[str, tuple[int, ...]], policy: DtypePolicy
+    ) -> tuple[dict[str, Target], Blocks]:
+        """As `targets` and `blocks`, of another set of parameters: decoder layers, and what is the same on
+        every rank.
+
+        Args:
+            shapes: canonical name -> shape, as of `checkpoint.layout.parameter_shapes`.
+            policy: dtypes to hold them in.
+        """
         targets = {}
-        shapes = parameter_shapes(self.config)
         for name, shape in shapes.items():
             if is_scale(name):
                 continue
@@ -257,19 +267,31 @@ class Layout:
             targets[name] = Target(struct, _Copies(self, name, shape, dimensions))
         return with_scales(targets, shapes)
 
-    def cache_specs(self) -> HybridCache:
+    def cache_specs(self, kinds: tuple[str, ...] | None = None) -> HybridCache:
         """The mesh axes of every array of a cache. Pages and slots are divided as rows are: a row's keys and
-        states lie with the row."""
+        states lie with the row.
+
+        Args:
+            kinds: of the layers, as `ModelConfig.layer_types`; None for the model's own.
+        """
         batch, heads = self.batch_axes or None, self.head_axes or None
         kv: Any = PartitionSpec(batch, None, heads, None)
         conv: Any = PartitionSpec(batch, None, heads)
         state: Any = PartitionSpec(batch, heads, None, None)
         layers = tuple(
             KVCache(k=kv, v=kv) if kind == FULL_ATTENTION else DeltaNetCache(conv=conv, state=state)
-            for kind in self.config.layer_types
+            for kind in (self.config.layer_types if kinds is None else kinds)
         )
         each: Any = PartitionSpec(batch)
         return HybridCache(layers, Placement(tables=each, slots=each, length=each))
+
+    def looked_at_specs(self) -> tuple[LookedAt, ...]:
+        """The mesh axes of what `Decoder.look` gives."""
+        batch, heads = self.batch_axes or None, self.head_axes or None
+        of_token: Any = PartitionSpec(batch, None, heads)
+        inputs = DeltaNetInputs(mixed=of_token, g=of_token, beta=of_token)
+        layers = self.cache_specs().layers
+        return tuple(layer if isinstance(layer, KVCache) else inputs for layer in layers)
 
     def empty_cache(
         self, batch: int, capacity: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
@@ -280,10 +302,15 @@ class Layout:
         return HybridCache(layers, own_rows(batch, capacity, self.batch_multiple))
 
     def empty_layers(
-        self, pages: int, slots: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
+        self,
+        pages: int,
+        slots: int,
+        kv_dtype: jnp.dtype,
+        conv_dtype: jnp.dtype,
+        kinds: tuple[str, ...] | None = None,
     ) -> tuple[LayerCache, ...]:
         """Pools of the whole mesh, every rank's heads behind one another. Arguments as
-        `formats.cache.empty_layers`; to be called inside `jax.jit`."""
+        `formats.cache.empty_layers`, kinds as of `cache_specs`; to be called inside `jax.jit`."""
         c, s = self.config, self.splits
         sizes = dataclasses.replace(
             CacheSizes.of(c),
@@ -291,7 +318,9 @@ class Layout:
             channels=s["qkv"].size,
             value_heads=s["value_head"].size,
         )
-        return empty_layers(c.layer_types, sizes, pages, slots, kv_dtype, conv_dtype)
+        return empty_layers(
+            c.layer_types if kinds is None else kinds, sizes, pages, slots, kv_dtype, conv_dtype
+        )
 
     def stored(self, parameters: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         """The parameters as a checkpoint has them, from arrays that lie on this mesh; all of it on the host.

@@ -64,6 +64,7 @@ requests = st.lists(
         st.integers(1, 3),  # sequences
         st.integers(0, 12),  # steps until the next one comes
         st.one_of(st.none(), st.integers(0, 20)),  # steps until it is cancelled
+        st.integers(0, 3),  # drafts a step
     ),
     min_size=1,
     max_size=10,
@@ -88,8 +89,8 @@ def test_every_request_gets_what_it_gets_alone_and_nothing_is_lost(asked, machin
     pause, steps = 0, 0
     while True:
         while arriving and pause <= 0:
-            tokens, new, sequences, pause, cancel = arriving.pop(0)
-            made = scheduler.submit(prompt(*tokens), new, sequences)
+            tokens, new, sequences, pause, cancel, drafts = arriving.pop(0)
+            made = scheduler.submit(prompt(*tokens), new, sequences, drafts)
             every += [(sequence, tokens, new) for sequence in made]
             if cancel is not None:
                 cancelling += [(steps + cancel, made[-1])]
@@ -117,6 +118,21 @@ def test_every_request_gets_what_it_gets_alone_and_nothing_is_lost(asked, machin
     assert scheduler.free_pages + scheduler.cached_pages == total
     if not machine["prefix_cache"]:
         assert scheduler.free_pages == total
+
+
+def test_drafted_tokens_leave_snapshots_at_the_borders_that_they_come_to():
+    scheduler = make(pages=80)
+    device = FakeDevice(scheduler, vocabulary=10**9, lag=1, page_length=PAGE)
+    first = list(range(1, 8))
+    (turn,) = scheduler.submit(prompt(*first), 30, 1, 3)
+    finish(device, 1)
+    assert turn.emitted == alone(first, 30, 10**9)
+    assert device.passes < 25
+    reply = [*first, *turn.emitted]
+    (following,) = scheduler.submit(prompt(*reply, 9, 9, 9), 2)
+    finish(device, 1)
+    assert following.cached == (len(reply) - 1) // PAGE * PAGE
+    assert following.emitted == alone([*reply, 9, 9, 9], 2, 10**9)
 
 
 def test_few_pages_make_the_youngest_give_way_and_come_back():

@@ -48,7 +48,7 @@ class FakeDevice:
         self.vocabulary, self.lag, self.page_length = vocabulary, lag, page_length
         self.finished: list[Sequence] = []
         self.longest_wait = 0
-        self.steps = 0
+        self.steps = self.passes = 0
         self._fixed: set[tuple[int, int]] = set()
         self._pages: dict[tuple[int, int], list[int | None]] = {}
         self._states: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -73,11 +73,11 @@ class FakeDevice:
             self._states[move.rank, move.slot] = self._kept(move)
         if isinstance(step, PrefillStep):
             self._prefill(step)
+            for move in step.saves:
+                assert move.snapshot is not None
+                self._snapshots[move.rank, move.snapshot] = self._states[move.rank, move.slot]
         else:
             self._results.append(self._decode(step))
-        for move in step.saves:
-            assert move.snapshot is not None
-            self._snapshots[move.rank, move.snapshot] = self._states[move.rank, move.slot]
         while len(self._results) > self.lag:
             self._deliver()
         return True
@@ -127,7 +127,7 @@ class FakeDevice:
                 self._write(row.rank, page, place % self.page_length, token, row.sequence)
             self._states[row.rank, row.slot] = before + tuple(row.tokens.tolist())
         for sequence in self.scheduler._running:
-            more = sequence.planned_emitted < sequence.max_new_tokens
+            more = sequence.fewest_emitted < sequence.max_new_tokens
             if sequence.state == DECODE and sequence.begun and more:
                 self._waits[sequence] = self._waits.get(sequence, 0) + 1
                 self.longest_wait = max(self.longest_wait, self._waits[sequence])
@@ -144,21 +144,34 @@ class FakeDevice:
                 self._rows[key] = [row.token, row.length, row.emitted, False]
             token, length, emitted, ended = self._rows[key]
             chosen = []
+            capacity = self.page_length * int((self._pages_of(*key) < self.scheduler._pages).sum())
             for _ in range(step.steps):
-                if ended:
+                if ended or length >= capacity:
                     break
-                before = self._read(row.rank, row.slot, length)
-                assert before == self._states[key], "state and keys disagree"
-                page = int(self._pages_of(row.rank, row.slot)[length // self.page_length])
-                self._write(row.rank, page, length % self.page_length, token, row.sequence)
-                text = (*before, token)
-                self._states[key] = text
-                token, length, emitted = next_token(text, self.vocabulary), length + 1, emitted + 1
-                chosen.append(token)
-                ended = token == END or emitted >= row.sequence.max_new_tokens
+                for _ in range(self._tokens_of_a_pass(row.sequence, length)):
+                    before = self._read(row.rank, row.slot, length)
+                    assert before == self._states[key], "state and keys disagree"
+                    page = int(self._pages_of(row.rank, row.slot)[length // self.page_length])
+                    self._write(row.rank, page, length % self.page_length, token, row.sequence)
+                    text = (*before, token)
+                    self._states[key] = text
+                    place = row.places[len(text) // self.page_length % len(row.places)]
+                    if len(text) % self.page_length == 0 and place is not None:
+                        self._snapshots[row.rank, place] = text
+                    token, length, emitted = next_token(text, self.vocabulary), length + 1, emitted + 1
+                    chosen.append(token)
+                    ended = token == END or emitted >= row.sequence.max_new_tokens
+                    if ended:
+                        break
             self._rows[key] = [token, length, emitted, ended]
             results.append((row, chosen))
         return results
+
+    def _tokens_of_a_pass(self, sequence: Sequence, length: int) -> int:
+        """As many as some drafts would hold; none of them beyond the border of a page."""
+        self.passes += 1
+        held = self.passes * 2654435761 % 97 % (sequence.draft_tokens + 1)
+        return 1 + min(held, self.page_length - 1 - length % self.page_length)
 
     def _deliver(self) -> None:
         for row, chosen in self._results.popleft():
@@ -200,7 +213,7 @@ def check_ownership(scheduler: Scheduler) -> None:
             mine = [s for s in held if s.node is not None and node in _path(s.node)]
             assert node.pins == len(mine)
         kept = [node.snapshot for node in nodes if node.snapshot is not None]
-        kept += [place for s in held for place, _ in s.kept]
+        kept += [place for s in held for place in s.places if place is not None]
         assert len(set(kept)) == len(kept)
         assert rank.tree.snapshots.free == rank.tree.snapshots.size - len(kept)
         slots = [s.slot for s in held]

@@ -1,0 +1,284 @@
+"""Drafts of multi-token prediction change how many tokens a pass gives, and nothing else."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.drafts import drafting_checkpoint
+
+from qwen_moe_jax import QwenMoe, make_mesh
+from qwen_moe_jax.engine.drafting import Drafts, after_step, after_token, no_drafts
+from qwen_moe_jax.engine.shapes import right_pad
+from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.formats.cache import DeltaNetCache, empty_cache
+
+# Log-probabilities from passes over other numbers of tokens: float32 sums in other orders, of logits of
+# about 5.
+LOGPROB_TOLERANCE = 2e-4
+# Recurrent states after the same tokens by the same steps, whose inputs were computed for several at a time:
+# over the largest value, a few units in the last place for each of the layers before.
+STATE_TOLERANCE = 2e-5
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"repetition_penalty": 1.1, "frequency_penalty": 0.1},
+    {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.5},
+    {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.7, "presence_penalty": 0.2},
+)
+
+
+@functools.cache
+def folder(seed: int, poisoned: bool = False) -> Path:
+    made = Path(tempfile.mkdtemp())
+    drafting_checkpoint(made, seed, poisoned=poisoned)
+    return made
+
+
+@functools.cache
+def model(seed: int, drafts: int, poisoned: bool = False) -> QwenMoe:
+    return QwenMoe.from_pretrained(folder(seed, poisoned), dtype="float32", draft_tokens=drafts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    prompt: list[int]
+    options: dict[str, Any]
+    sequences: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@functools.cache
+def requests(seed: int) -> list[Asked]:
+    """Requests with what they get without drafts."""
+    rng, plain = np.random.default_rng(seed), model(seed, 0)
+    vocab, asked = plain.config.vocab_size, []
+    trunk = rng.integers(0, vocab, 130).tolist()
+    with plain.engine(max_rows=2, memory=1 << 25) as engine:
+        for number in range(12):
+            begin = trunk[: int(rng.choice([0, 5, 63, 64, 65, 127, 128]))]
+            prompt = [*begin, *rng.integers(0, vocab, int(rng.integers(1, 12))).tolist()]
+            options = OPTIONS[number % len(OPTIONS)] | {
+                "max_new_tokens": int(rng.choice([1, 2, 3, 20, 90])),
+                "seed": number,
+                "eos_token_id": rng.integers(0, vocab, 1).tolist(),
+                "return_logprobs": True,
+            }
+            if options.get("do_sample"):
+                options["num_return_sequences"] = 2
+            out = engine.submit(prompt, **options).result()
+            assert out.logprobs is not None
+            asked.append(Asked(prompt, options, out.sequences, out.logprobs))
+    return asked
+
+
+def check(
+    drafting: QwenMoe, asked: list[Asked], order: np.random.Generator, **engine: Any
+) -> tuple[int, int]:
+    """Runs the requests in an order; returns (drafted, accepted)."""
+    with drafting.engine(**engine) as made:
+        for _ in range(2):  # the second time, beginnings are found in the prefix cache
+            turns = order.permutation(len(asked))
+            found = dict(made.run([asked[i].prompt for i in turns], [asked[i].options for i in turns]))
+            for place, number in enumerate(turns):
+                out, wanted = found[place], asked[number]
+                assert out.sequences == wanted.sequences
+                assert out.logprobs is not None
+                for ours, theirs in zip(out.logprobs, wanted.logprobs, strict=True):
+                    np.testing.assert_allclose(ours, theirs, atol=LOGPROB_TOLERANCE)
+        stats = made.stats()
+        assert stats.free_pages == stats.pages
+        assert stats.compiled_programs <= 24
+        return stats.drafted_tokens, stats.accepted_tokens
+
+
+# Layers of both kinds, one, three and four key heads, and one token a prompt.
+@pytest.mark.parametrize(("seed", "drafts"), [(0, 3), (9, 1)])
+def test_with_drafts_every_request_gets_the_tokens_that_it_gets_without(seed: int, drafts: int) -> None:
+    drafted, accepted = check(model(seed, drafts), requests(seed), np.random.default_rng(1), max_rows=2)
+    assert accepted > drafted / 4 > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "drafts"), [(0, 1), (0, 2), (0, 4), (9, 3), (22, 2), (5, 4), (3, 3)])
+def test_for_every_number_of_drafts_the_tokens_are_those_without(seed: int, drafts: int) -> None:
+    check(model(seed, drafts), requests(seed), np.random.default_rng(drafts), max_rows=2)
+
+
+def test_drafts_that_say_anything_change_nothing() -> None:
+    plain, poisoned = model(0, 0, poisoned=True), model(0, 3, poisoned=True)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, plain.config.vocab_size, n).tolist() for n in (1, 40, 64)]
+    options = {"max_new_tokens": 60, "eos_token_id": []}
+    wanted, found = plain.generate(prompts, **options), poisoned.generate(prompts, **options)
+    assert found.sequences == wanted.sequences
+    assert found.usage.accepted_tokens < found.usage.drafted_tokens / 4
+    # they rest most of the time: a pass of three drafts for each token would be 3 * 180
+    assert 0 < found.usage.drafted_tokens < 150
+
+
+def test_rows_that_gave_their_pages_back_go_on_with_the_same_tokens() -> None:
+    drafting = model(0, 3)
+    forward = drafting._steps.forward
+    asked = [
+        dataclasses.replace(one, options=one.options | {"num_return_sequences": 1}) for one in requests(0)
+    ]
+    asked = [
+        dataclasses.replace(one, sequences=one.sequences[:1], logprobs=one.logprobs[:1]) for one in asked
+    ]
+    memory = 2 * forward.state_bytes + 4 * forward.page_bytes
+    with drafting.engine(max_rows=2, memory=memory, prefix_cache=False) as tight:
+        found = dict(tight.run([one.prompt for one in asked], [one.options for one in asked]))
+        assert tight.stats().preemptions > 0
+        assert tight.stats().accepted_tokens > 0
+    assert [found[i].sequences for i in range(len(asked))] == [one.sequences for one in asked]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "choices"),
+    [((2, 2, 2), {"shared_expert": "sharded"})],
+)
+def test_on_a_mesh_drafts_give_the_tokens_of_one_device_without(sizes, choices) -> None:
+    on_mesh = QwenMoe.from_pretrained(
+        folder(0), dtype="float32", mesh=make_mesh(*sizes), draft_tokens=3, **choices
+    )
+    drafted, accepted = check(on_mesh, requests(0), np.random.default_rng(2), max_rows=8, memory=1 << 24)
+    assert accepted > drafted / 4 > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "choices"),
+    [
+        ((2, 2, 1), {"attention": "data", "shared_expert": "prescaled"}),
+        ((1, 2, 2), {"expert_dispatch": "all_to_all", "shared_expert": "outside"}),
+        ((1, 4, 2), {"shared_expert": "prescaled"}),
+    ],
+)
+def test_on_every_kind_of_mesh_drafts_give_the_tokens_of_one_device_without(sizes, choices) -> None:
+    on_mesh = QwenMoe.from_pretrained(
+        folder(9), dtype="float32", mesh=make_mesh(*sizes), draft_tokens=2, **choices
+    )
+    check(on_mesh, requests(9), np.random.default_rng(2), max_rows=8, memory=1 << 24)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_state_after_accepted_drafts_is_the_state_after_these_tokens_one_by_one(
+    seed: int, kernels: str
+) -> None:
+    loaded = QwenMoe.from_pretrained(folder(seed), dtype="float32", draft_tokens=0, kernels=kernels)
+    forward, decoder, params = loaded._steps.forward, loaded._decoder, loaded._parameters
+    rng = np.random.default_rng(seed)
+    lengths, counts, tokens = [7, 1, 30], jnp.asarray([0, 2, 4], jnp.int32), 4
+    rows = [rng.integers(0, loaded.config.vocab_size, n).astype(np.int32) for n in lengths]
+    given, valid = right_pad(rows, 32)
+    compute = jnp.dtype(jnp.float32)
+    _, cache = forward.hidden(params, given, valid, empty_cache(decoder.config, 3, 64, compute, compute))
+    more = jnp.asarray(rng.integers(0, loaded.config.vocab_size, (3, tokens)), jnp.int32)
+    before = jax.tree.map(np.asarray, cache.layers)
+    _, looked = jax.jit(forward.look)(params, more, jnp.ones((3, tokens), bool), cache)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, cache.layers), before)
+    slots = jnp.arange(3, dtype=jnp.int32)
+    accepted = jax.jit(forward.accept)(params, looked, counts, slots, cache.layers)
+    for place in range(tokens):
+        one = (place < counts)[:, None]
+        _, cache = forward.hidden(params, more[:, place : place + 1], one, cache)
+    for ours, theirs in zip(accepted, cache.layers, strict=True):
+        if isinstance(ours, DeltaNetCache):
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=STATE_TOLERANCE * np.abs(b).max())
+
+
+def test_a_drawn_token_has_the_probability_that_the_model_gives_it() -> None:
+    """Pearson's statistic over the 8 likeliest second tokens and the rest, of 2,000 samples with drafts. At 8
+    degrees of freedom it passes 26.1 once in a thousand; probabilities that are 15 % off pass it 97 % of the
+    time."""
+    drafting = model(0, 2)
+    prompt, samples = [3, 1, 4], 2000
+    config = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.8, "eos_token_id": []}
+    with drafting.engine(max_rows=64) as engine:
+        out = engine.submit(prompt, max_new_tokens=3, num_return_sequences=samples, **config).result()
+    assert out.usage.accepted_tokens > samples / 10
+    first = np.bincount([row[0] for row in out.sequences]).argmax()
+    rows = [row for row in out.sequences if row[0] == first]
+    logits = np.asarray(drafting.logits([[*prompt, int(first)]])[0, -1], np.float64) / 0.8
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    likely = np.argsort(-probabilities)[:8]
+    counts = np.bincount([row[1] for row in rows], minlength=len(probabilities))
+    observed = np.append(counts[likely], len(rows) - counts[likely].sum())
+    expected = len(rows) * np.append(probabilities[likely], 1 - probabilities[likely].sum())
+    assert ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 26.1
+
+
+# The rule.
+
+
+def _state(mean: float, rest: int = 0, next_rest: int = 32) -> Drafts:
+    return dataclasses.replace(
+        no_drafts(1, 3, 1.6),
+        mean=jnp.asarray([mean], jnp.float32),
+        rest=jnp.asarray([rest]),
+        next_rest=jnp.asarray([next_rest]),
+    )
+
+
+def _after(drafts: Drafts, used: int, emitted: int) -> Drafts:
+    return after_step(drafts, jnp.asarray([used]), jnp.asarray([emitted]), 1.6)
+
+
+def test_a_row_whose_drafts_fail_rests_longer_each_time() -> None:
+    drafts = _state(2.0)
+    drafts = _after(drafts, 3, 1)
+    assert int(drafts.rest[0]) == 0
+    drafts = _after(_after(drafts, 3, 1), 3, 1)
+    assert int(drafts.rest[0]) == 32
+    assert int(drafts.next_rest[0]) == 64
+    for _ in range(32):
+        assert int(drafts.rest[0]) > 0
+        drafts = after_token(drafts, jnp.asarray([1]))
+    assert int(drafts.rest[0]) == 0
+    for _ in range(3):
+        drafts = _after(drafts, 3, 1)
+    assert (int(drafts.rest[0]), int(drafts.next_rest[0])) == (64, 128)
+
+
+def test_a_row_whose_drafts_hold_goes_on_and_few_drafts_say_nothing_against_it() -> None:
+    drafts = _state(2.0)
+    for _ in range(20):
+        drafts = _after(drafts, 3, 4)
+        assert int(drafts.rest[0]) == 0
+    assert float(drafts.mean[0]) > 3.5
+    same = _after(drafts, 1, 2)  # the one that it had was right
+    assert float(same.mean[0]) == float(drafts.mean[0])
+    assert float(_after(drafts, 1, 1).mean[0]) < float(drafts.mean[0])
+
+
+# What is asked for.
+
+
+def test_drafts_are_asked_for_where_there_are_any(tmp_path) -> None:
+    drafting = model(0, 3)
+    out = drafting.generate([[1, 2, 3]], max_new_tokens=30, eos_token_id=[], draft_tokens=0)
+    assert out.usage.drafted_tokens == out.usage.accepted_tokens == 0
+    out = drafting.generate([[1, 2, 3]], max_new_tokens=30, eos_token_id=[], draft_tokens=1)
+    assert 0 < out.usage.drafted_tokens <= 30
+    assert QwenMoe.from_pretrained(folder(0)).draft_tokens > 0  # "auto"
+    with pytest.raises(InputError, match="draft_tokens is 4, and this model drafts at most 3"):
+        drafting.generate([[1]], draft_tokens=4)
+    with pytest.raises(InputError, match="draft_tokens is -1; expected 0"):
+        drafting.generate([[1]], draft_tokens=-1)
+    for wrong in (-1, 9, True, "some", 1.5):
+        with pytest.raises(InputError, match="expected 0 to 8"):
+            QwenMoe.from_pretrained(folder(0), draft_tokens=wrong)
+    with pytest.raises(InputError, match="with exact=True"):
+        QwenMoe.from_pretrained(folder(0), draft_tokens=1, exact=True)
+    drafting.save_pretrained(tmp_path / "text")
+    with pytest.raises(CheckpointError, match="no multi-token prediction"):
+        QwenMoe.from_pretrained(tmp_path / "text", draft_tokens=1)
