@@ -89,8 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--num-processes", type=int, metavar="N")
     group.add_argument("--process-id", type=int, metavar="N", help="this one's, from 0; 0 prints")
     running = [common, loading, sizes, several]
+    drafting = _Parser(add_help=False)
+    drafting.add_argument(
+        "--draft-tokens",
+        type=lambda text: text if text == "auto" else int(text),
+        default="auto",
+        metavar="N",
+        help="most tokens that multi-token prediction drafts a step, if the checkpoint holds it; 0 for none",
+    )
 
-    command = commands.add_parser("generate", parents=running, help="continue a prompt, or a file of them")
+    command = commands.add_parser(
+        "generate", parents=[*running, drafting], help="continue a prompt, or a file of them"
+    )
     command.add_argument("prompt", nargs="?")
     command.add_argument(
         "--input", metavar="FILE", help="JSON lines with prompt or messages, and id and options if wanted"
@@ -113,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind)
     command.set_defaults(run=_generate)
 
-    command = commands.add_parser("eval", parents=running, help="accuracy on held-out word problems")
+    command = commands.add_parser(
+        "eval", parents=[*running, drafting], help="accuracy on held-out word problems"
+    )
     command.add_argument("--model", required=True, help="checkpoint folder or hub id")
     command.add_argument("--problems", type=int, default=500, help="how many (default 500)")
     command.add_argument("--batch-size", type=int, default=50)
@@ -205,6 +217,7 @@ def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
         kernels=kernels_asked(options.kernels),
         progress=sys.stderr.isatty(),
         compilation_cache=None if options.no_compilation_cache else "auto",
+        draft_tokens=getattr(options, "draft_tokens", 0),
         **layout,
     )
     for family, count in model.skipped.items():

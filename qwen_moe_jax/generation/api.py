@@ -126,8 +126,8 @@ class QwenMoe:
             attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
                 and vocabulary) or "data" (other rows of the batch).
             draft_tokens: how many tokens multi-token prediction drafts at most for a step, in each row as
-                long as its drafts hold; 0 leaves it out, "auto" is the number of `engine.drafting` for the
-                target where the checkpoint holds it. The text is the same with any number.
+                long as its drafts hold; 0 leaves it out, "auto" is 0 on a CPU and 3 elsewhere, where the
+                checkpoint holds it (`engine/drafting.py`). The text is the same with any number.
             kernels: which implementation of each operation runs: "auto" for the table of `kernels/table.py`,
                 "xla" for no kernel of this library's own, or operation -> implementation, such as
                 {"experts": "grouped"}; `describe()` says which run.

@@ -1,9 +1,11 @@
 """`Engine`: many requests at once, submitted from any thread."""
 
+import atexit
 import dataclasses
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -85,6 +87,17 @@ class EngineStats:
     compiled_programs: int
 
 
+# Engines that were not closed. A thread that the interpreter ends in the middle of a step takes the process
+# with it ("exception not rethrown"), so they are closed before.
+_OPEN: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_OPEN):
+        engine.close()
+
+
 class Engine:
     """Continues many prompts at once (continuous batching: Yu et al., Orca, OSDI 2022).
 
@@ -112,6 +125,7 @@ class Engine:
         self._commands: list[Callable[[Core], None]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        _OPEN.add(self)
 
     def __enter__(self) -> "Engine":
         """For `with`, which closes it."""

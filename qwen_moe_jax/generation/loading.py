@@ -136,6 +136,8 @@ def load_forward(
             parameters |= {MTP + name: value for name, value in own.items()}
             read_bytes += more_bytes
         forward = MeshForward(layout, policy, kernels, parameters, head, draft_tokens)
+    if draft_tokens:
+        skipped.pop("mtp", None)
     return Loaded(
         forward=forward,
         eos_token_ids=_eos_ids(folder, config),

@@ -18,7 +18,7 @@ from support.reference import build_reference
 
 @torch.no_grad()
 def drafting_checkpoint(
-    folder: Path, seed: int, *, share: float = 0.2, poisoned: bool = False
+    folder: Path, seed: int, *, share: float = 0.1, poisoned: bool = False
 ) -> dict[str, Any]:
     """Writes one, and returns its config.
 
