@@ -5,8 +5,10 @@
 
 The drafter of a random model says nothing that holds. So its cost is left as it is, and what it says is
 replaced: by the text that the model gives without drafts, which is known beforehand, at the stated rates (of
-the first draft, the second given the first, ...), else by another token. Rates of 0 show what failing drafts
-cost, with the rule that lets rows rest; "--always" drafts on nevertheless. Both sides run in turns.
+the first draft, the second given the first, ...), else by another token. In bfloat16 a random model's text
+depends on the order of sums, so it is held to the known one: what a pass gives is then what the rates say.
+Rates of 0 show what failing drafts cost, with the rule that lets rows rest; "--always" drafts on
+nevertheless. Both sides run in turns.
 """
 
 import argparse
@@ -45,6 +47,18 @@ class Replayed:
         return jax.lax.dynamic_update_slice_in_dim(drafts, token[:, None], number, axis=1), token[:, None]
 
 
+def held_to(replayed: Replayed, choose: Any) -> Any:
+    """`decoding._choose` with the known text as the most likely one."""
+
+    def chosen(logits: Any, rows: Any, given: Any, seen: Any, said: Any, alive: Any) -> Any:
+        place = jnp.minimum(rows.emitted, replayed.known.shape[1] - 1)
+        slot = jnp.minimum(given.roster.slots, replayed.known.shape[0] - 1)
+        right = jax.nn.one_hot(replayed.known[slot, place], logits.shape[-1], dtype=logits.dtype)
+        return choose(logits + 1e4 * right, rows, given, seen, said, alive)
+
+    return chosen
+
+
 def load(folder: Path, drafts: int) -> Any:
     """The model in bfloat16."""
     from qwen_moe_jax import QwenMoe
@@ -81,7 +95,7 @@ def main() -> None:
 
     if args.always:
         decoding.worth_of = lambda kernels: 0.0
-    plain = load(args.folder, 0)
+    plain, choose = load(args.folder, 0), decoding._choose
     found: dict[str, Any] = {
         "processor": processor_says("model name"),
         "kernels": plain.kernels.native,
@@ -95,10 +109,11 @@ def main() -> None:
     for batch in args.batch:
         prompts = [rng.integers(3, plain.config.vocab_size, CONTEXT).tolist() for _ in range(batch)]
         with plain.engine(max_rows=batch, prefix_cache=False) as base:
+            decoding._choose = choose
             known, _, _ = texts_of(base, prompts, args.new)
             for drafts in args.drafts:
                 replayed = Replayed(known, args.rates[:drafts], plain.config.vocab_size)
-                decoding._drawn = replayed
+                decoding._drawn, decoding._choose = replayed, held_to(replayed, choose)
                 with load(args.folder, drafts).engine(max_rows=batch, prefix_cache=False) as engine:
                     texts_of(engine, prompts, args.new)  # compiles
                     without, with_drafts = [], []
