@@ -7,6 +7,7 @@ The drafter of a random model says nothing that holds. So its cost is left as it
 replaced: by the text that the model gives without drafts, which is known beforehand, at the stated rates (of
 the first draft, the second given the first, ...), else by another token. In bfloat16 a random model's text
 depends on the order of sums, so it is held to the known one: what a pass gives is then what the rates say.
+With "--free" the drafter is not run at all.
 Rates of 0 show what failing drafts cost, with the rule that lets rows rest; "--always" drafts on
 nevertheless. Both sides run in turns.
 """
@@ -29,12 +30,12 @@ CONTEXT = 64  # tokens of a prompt
 class Replayed:
     """What drafts say: a known text, or not."""
 
-    def __init__(self, texts: list[list[int]], rates: list[float], vocab: int, seed: int = 0):
+    def __init__(self, texts: list[list[int]], rates: list[float], vocab: int, *, free: bool, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.known = jnp.asarray(np.asarray([text + [0] * 16 for text in texts], np.int32))
         shape = (len(rates), *self.known.shape)
         self.holds = jnp.asarray(rng.random(shape) < np.asarray(rates)[:, None, None])
-        self.vocab = vocab
+        self.vocab, self.free = vocab, free
 
     def __call__(self, number: Any, logits: Any, drafts: Any, rows: Any, roster: Any, seen: Any) -> Any:
         """Stands for `decoding._drawn`."""
@@ -42,8 +43,9 @@ class Replayed:
         slot = jnp.minimum(roster.slots, self.known.shape[0] - 1)
         right = self.known[slot, place]
         token = jnp.where(self.holds[number, slot, place], right, (right + 1) % self.vocab)
-        said = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
-        token = jnp.where(logits[:, 0, 0] > 1e30, said, token)  # so that nobody leaves the logits out
+        if not self.free:  # nobody is to leave the logits out
+            said = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+            token = jnp.where(logits[:, 0, 0] > 1e30, said, token)
         return jax.lax.dynamic_update_slice_in_dim(drafts, token[:, None], number, axis=1), token[:, None]
 
 
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--new", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--free", action="store_true", help="leave the drafter's own cost out")
     parser.add_argument("--always", action="store_true", help="rows never rest")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -112,9 +115,13 @@ def main() -> None:
             decoding._choose = choose
             known, _, _ = texts_of(base, prompts, args.new)
             for drafts in args.drafts:
-                replayed = Replayed(known, args.rates[:drafts], plain.config.vocab_size)
+                replayed = Replayed(known, args.rates[:drafts], plain.config.vocab_size, free=args.free)
                 decoding._drawn, decoding._choose = replayed, held_to(replayed, choose)
-                with load(args.folder, drafts).engine(max_rows=batch, prefix_cache=False) as engine:
+                drafting = load(args.folder, drafts)
+                if args.free:
+                    forward = drafting._steps.forward
+                    forward.draft = lambda params, hidden, following, valid, cache: (hidden, cache)
+                with drafting.engine(max_rows=batch, prefix_cache=False) as engine:
                     texts_of(engine, prompts, args.new)  # compiles
                     without, with_drafts = [], []
                     for _ in range(args.rounds):

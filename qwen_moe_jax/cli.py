@@ -221,8 +221,10 @@ def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
         **layout,
     )
     for family, count in model.skipped.items():
+        use = "; --draft-tokens N drafts with them" if family == "mtp" else ""
         _print(
-            f"{count} tensors of {family} are not part of text generation and were not read.", file=sys.stderr
+            f"{count} tensors of {family} are not part of text generation and were not read{use}.",
+            file=sys.stderr,
         )
     return model
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.checkpoint.layout import (
+    PART_PREFIXES,
     Piece,
     differences,
     expert_pieces,
@@ -61,6 +62,7 @@ def write_safetensors(
     dtype: Any,
     max_shard_bytes: int = 4 << 30,
     extra_files_from: str | Path | None = None,
+    mtp: Mapping[str, jax.Array] | None = None,
 ) -> None:
     """Writes weights, config.json and the files beside them; an earlier checkpoint there is replaced.
 
@@ -74,6 +76,7 @@ def write_safetensors(
         dtype: the model's compute dtype, float32 or bfloat16.
         max_shard_bytes: a tensor that is larger gets a file of its own.
         extra_files_from: folder whose tokenizer, chat template and generation_config.json are copied.
+        mtp: parameters of multi-token prediction, as of `parts.mtp_shapes` with one layer; None for none.
 
     Raises:
         CheckpointError: parameters that do not fit the configuration, a matrix that `dtype` cannot hold, or a
@@ -83,25 +86,27 @@ def write_safetensors(
     folder = Path(folder)
     refuse_second_layout(folder, ORBAX_FOLDER, ORBAX_PART)
     folder.mkdir(parents=True, exist_ok=True)
-    dtypes = stored_dtypes(parameters, np.dtype(dtype))
     entries: list[Entry] = []
-    values: dict[str, tuple[str, Box]] = {}
-    for name, value in parameters.items():
-        for piece in _tensors(config, name, tuple(value.shape)):
-            key = hf_key(piece.name)
-            entries.append((key, dtypes[name], piece.shape))
-            values[key] = name, piece.box
+    values: dict[str, tuple[jax.Array, Box]] = {}
+    for held, key_of in ((parameters, hf_key), (mtp or {}, PART_PREFIXES["mtp"].__add__)):
+        dtypes = stored_dtypes(held, np.dtype(dtype))
+        for name, value in held.items():
+            for piece in _tensors(config, name, tuple(value.shape)):
+                key = key_of(piece.name)
+                entries.append((key, dtypes[name], piece.shape))
+                values[key] = value, piece.box
     parts = into_shards(entries, lambda entry: entries_bytes([entry]), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
     for file, members in shards.items():
-        _write_file(folder / f"{file}.part", members, values, parameters)
+        _write_file(folder / f"{file}.part", members, values)
     for stale in (folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)
     for file in shards:
         (folder / f"{file}.part").replace(folder / file)
     write_index(folder, shards)
-    write_side_files(folder, config, np.dtype(dtype), extra_files_from)
+    more = {"mtp_num_hidden_layers": 1} if mtp else {}
+    write_side_files(folder, config, np.dtype(dtype), extra_files_from, more)
 
 
 def shard_names(count: int) -> list[str]:
@@ -166,13 +171,14 @@ def write_side_files(
     config: ModelConfig,
     dtype: np.dtype,
     extra_files_from: str | Path | None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copies what else belongs to a checkpoint, then writes config.json."""
+    """Copies what else belongs to a checkpoint, then writes config.json, with `more` entries."""
     if extra_files_from is not None and Path(extra_files_from).resolve() != folder.resolve():
         for name in EXTRA_FILES:
             if (Path(extra_files_from) / name).is_file():
                 shutil.copyfile(Path(extra_files_from) / name, folder / name)
-    written = dataclasses.replace(config, dtype=dtype.name).to_dict()
+    written = dataclasses.replace(config, dtype=dtype.name).to_dict() | dict(more or {})
     if config.float8:
         written["quantization_config"] = quantization_config(config)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -244,13 +250,12 @@ def _tensors(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[Pie
 def _write_file(
     file: Path,
     entries: list[Entry],
-    values: Mapping[str, tuple[str, Box]],
-    parameters: Mapping[str, jax.Array],
+    values: Mapping[str, tuple[jax.Array, Box]],
 ) -> None:
     with file.open("wb") as stream:
         stream.write(encode_header(entries))
         for key, dtype, _ in entries:
-            name, box = values[key]
+            value, box = values[key]
             # no copy on CPU, and a box is a run of the array
-            for piece in _pieces(np.asarray(parameters[name])[box]):
+            for piece in _pieces(np.asarray(value)[box]):
                 stream.write(piece.astype(dtype, copy=False).view(np.uint8).data)

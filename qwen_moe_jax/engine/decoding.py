@@ -165,26 +165,22 @@ def _verified(model: Forward, params, given: _Given, carry: _Carry) -> _Carry:
     counts = after.length - rows.length
     layers = model.accept(params, looked, counts, roster.slots, carry.layers[:-1])
     snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, roster)
-    taken = model.by_row(lambda counts, valid: jnp.arange(valid.shape[1]) < counts[:, None], counts, valid)
+    # Of all but the last pair that stays only the keys are wanted: what they predict is known.
+    before, last, hidden_last, token = model.by_row(_last_pair, hidden, chosen, counts)
     drafter = HybridCache(carry.layers[-1:], placed)
-    guess, drafter = model.draft(params, hidden, chosen, taken, drafter)
-    guess = model.by_row(_last_of, guess, counts)
-    last = model.by_row(lambda counts: (counts > 0)[:, None], counts)
+    drafter = model.remember(params, hidden, chosen, before, drafter)
 
-    def draw(number: jax.Array, guess: jax.Array, drafts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(params, guess)
+    def one_draft(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, token, drafts, drafter = carry
+        hidden, drafter = model.draft(params, hidden, token, last, drafter)
+        logits = model.logits(params, hidden)
         with jax.named_scope("sampling"):
-            return model.by_row(_drawn, number, logits, drafts, after, roster, seen)
-
-    def one_more(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        guess, drafts, token, drafter = carry
-        guess, drafter = model.draft(params, guess, token, last, drafter)
-        drafts, token = draw(number, guess, drafts)
-        return guess, drafts, token, drafter
+            drafts, token = model.by_row(_drawn, number, logits, drafts, after, roster, seen)
+        return hidden, token, drafts, drafter
 
     blank = model.by_row(lambda rows: jnp.zeros_like(rows.drafts.tokens), after)
-    drafts, token = draw(jnp.int32(0), guess, blank)
-    _, drafts, _, drafter = lax.fori_loop(1, model.draft_tokens, one_more, (guess, drafts, token, drafter))
+    begin = hidden_last, token, blank, drafter
+    _, _, drafts, drafter = lax.fori_loop(0, model.draft_tokens, one_draft, begin)
     worth = worth_of(model.kernels)
     after = model.by_row(partial(_redrafted, worth=worth), rows, after, given, drafts)
     return _Carry(carry.step + 1, layers + drafter.layers, snapshots, after, seen, said)
@@ -326,9 +322,20 @@ def _choose(
     return rows, seen, dataclasses.replace(said, found=found), chosen
 
 
-def _last_of(hidden: jax.Array, counts: jax.Array) -> jax.Array:
-    """[rows, tokens, hidden] -> [rows, 1, hidden], the last one that was taken."""
-    return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+def _last_pair(
+    hidden: jax.Array, tokens: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of the first `counts` hidden states [rows, tokens, hidden] and the tokens behind them [rows, tokens]:
+    (which of them stand before the last one, bool [rows, tokens]; whether there is a last one, bool [rows,
+    1]; its hidden state [rows, 1, hidden]; its token [rows, 1])."""
+    before = jnp.arange(tokens.shape[1]) < counts[:, None] - 1
+    place = jnp.maximum(counts - 1, 0)[:, None]
+    return (
+        before,
+        (counts > 0)[:, None],
+        jnp.take_along_axis(hidden, place[..., None], axis=1),
+        jnp.take_along_axis(tokens, place, axis=1),
+    )
 
 
 def _drawn(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import save_orbax
-from qwen_moe_jax.checkpoint.parts import part_keys, read_part
+from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.core import Core
@@ -330,12 +331,26 @@ class QwenMoe:
         return load_mtp(self.folder, self.config, self.dtype, self.kernels, progress=progress)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template."""
-        write_safetensors(path, self._stored(), self.config, dtype=self.dtype, extra_files_from=self.folder)
+        """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template, and
+        with multi-token prediction where the model drafts."""
+        text, mtp = self._stored()
+        write_safetensors(
+            path, text, self.config, dtype=self.dtype, extra_files_from=self.folder, mtp=mtp or None
+        )
 
     def save_orbax(self, path: str | Path) -> None:
-        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template."""
-        save_orbax(path, self._stored(), self.config, dtype=self.dtype, extra_files_from=self.folder)
+        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template.
+
+        Raises:
+            InputError: the model drafts: this layout holds the text model only.
+        """
+        text, mtp = self._stored()
+        if mtp:
+            raise InputError(
+                "the model was loaded with multi-token prediction, which the Orbax layout does not hold; use "
+                "save_pretrained, or load it with draft_tokens=0."
+            )
+        save_orbax(path, text, self.config, dtype=self.dtype, extra_files_from=self.folder)
 
     def describe(self, *, context: int | None = None, device: str | None = None) -> ModelDescription:
         """What the model is, how it lies on its devices, and the memory it takes there.
@@ -351,12 +366,24 @@ class QwenMoe:
             self.folder, self.config, self.dtype, self.layout, self.kernels, context=context, device=device
         )
 
-    def _stored(self) -> Any:
-        """The parameters as a checkpoint has them."""
-        if self.layout is not None:
-            return self.layout.stored(self._parameters)
-        text = {name: value for name, value in self._parameters.items() if not name.startswith(MTP)}
-        return text if not self.config.float8 else with_stored_scales(self.config, text)
+    def _stored(self) -> tuple[Any, Any]:
+        """The parameters as a checkpoint has them: the text model's, and those of multi-token prediction."""
+        found = []
+        for own, shapes in (
+            (False, parameter_shapes(self.config)),
+            (True, mtp_shapes(self.config, 1)),
+        ):
+            held = {
+                name.removeprefix(MTP): value
+                for name, value in self._parameters.items()
+                if name.startswith(MTP) == own
+            }
+            if held and self.layout is not None:
+                held = self.layout.stored(held, shapes)
+            elif held and self.config.float8:
+                held = with_stored_scales(shapes, held)
+            found.append(held)
+        return found[0], found[1]
 
     def check_layout(self, *, seed: int = 0, progress: bool = False) -> "LayoutReport":
         """Compares the mesh with one device on random tokens, layer by layer and branch by branch.

@@ -158,11 +158,22 @@ def whole_decoder(
     return decoder, targets
 
 
-def with_stored_scales(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """One device's parameters with the scales as a checkpoint has them, a block each."""
-    policy = DtypePolicy(compute=jnp.dtype(jnp.float32), matrix=jnp.dtype(jnp.float32))
-    targets = whole_decoder(config, policy, Kernels("cpu"))[1]
-    scales = {n: np.zeros(s, np.float32) for n, s in parameter_shapes(config).items() if is_scale(n)}
+def with_stored_scales(
+    shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """One device's parameters with the scales as a checkpoint has them, a block each.
+
+    Args:
+        shapes: canonical name -> shape, as of `checkpoint.layout.parameter_shapes`.
+        parameters: by these names, scales held for granules.
+    """
+    held = {
+        name: whole(name, jax.ShapeDtypeStruct(shape, jnp.float32))
+        for name, shape in shapes.items()
+        if not is_scale(name)
+    }
+    targets = with_scales(held, shapes)[0]
+    scales = {n: np.zeros(s, np.float32) for n, s in shapes.items() if is_scale(n)}
     for name in scales:
         give_back(targets[name], parameters[name], scales)
     return {**parameters, **scales}

@@ -322,8 +322,14 @@ class Layout:
             c.layer_types if kinds is None else kinds, sizes, pages, slots, kv_dtype, conv_dtype
         )
 
-    def stored(self, parameters: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    def stored(
+        self, parameters: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, np.ndarray]:
         """The parameters as a checkpoint has them, from arrays that lie on this mesh; all of it on the host.
+
+        Args:
+            parameters: canonical name -> array.
+            shapes: of another set of parameters, as of `part_targets`; None for the text model's.
 
         Raises:
             InputError: another process holds some of them.
@@ -332,8 +338,10 @@ class Layout:
             raise InputError(
                 "the model lies on the devices of several processes; save it from a model loaded in one."
             )
-        shapes = parameter_shapes(self.config)
-        matrix = parameters["embed_tokens.weight"].dtype
+        shapes = parameter_shapes(self.config) if shapes is None else shapes
+        matrix = next(
+            value.dtype for name, value in parameters.items() if is_matrix(name) and value.dtype != E4M3
+        )
         policy = DtypePolicy(compute=matrix, matrix=matrix)
         hosts = {
             name: np.zeros(
@@ -342,7 +350,7 @@ class Layout:
             )
             for name, shape in shapes.items()
         }
-        for name, target in self.targets(policy).items():
+        for name, target in self.part_targets(shapes, policy)[0].items():
             give_back(target, parameters[name], hosts)
         return hosts
 

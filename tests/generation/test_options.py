@@ -23,6 +23,7 @@ BAD = {
     "num_return_sequences": [0, -2, 1.0, True, None],
     "seed": [-1, 2**32, 1.0, True, None, "", "12", [1, -1], [1.0], [2**32]],
     "return_logprobs": [1, None, "yes"],
+    "draft_tokens": [-1, 1.0, True, "auto"],
 }
 
 

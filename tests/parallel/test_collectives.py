@@ -136,7 +136,7 @@ def test_the_engines_steps_add_one_gather_of_logits() -> None:
     counts, gathered = collectives(lowered["decode"].compile())
     assert counts == Counter({"all-reduce": 1 + 2 * LAYERS, "all-gather": 1})
     vocab = model.layout.splits["vocab"].size  # type: ignore[union-attr]
-    assert gathered == [(1, vocab)]
+    assert gathered == [(1, 1, vocab)]
     counts, gathered = collectives(lowered["prefill"].compile())
     # nobody looks at the hidden states of a prompt, so the last layer's experts are left out
     assert counts == Counter({"all-reduce": 2 * LAYERS - (1 if LAYERS else 0)})
