@@ -205,7 +205,11 @@ def move_states(
     """
     entries, there = to[0].conv.shape[0], given[0].conv.shape[0]
     moves = places < entries
-    order, count = jnp.argsort(~moves, stable=True), moves.sum()
+    # the moves first, without a sort
+    turn = jnp.cumsum(moves) - 1
+    numbers = jnp.arange(places.shape[0])
+    order = jnp.zeros_like(numbers).at[jnp.where(moves, turn, places.shape[0])].set(numbers, mode="drop")
+    count = moves.sum()
 
     def one(index: jax.Array, pools: tuple[DeltaNetCache, ...]) -> tuple[DeltaNetCache, ...]:
         source, place = sources[order[index]], places[order[index]]

@@ -126,8 +126,9 @@ def assert_memory_is_as_planned(report: CompileReport, program: ProgramReport) -
     if program.program == "prefill":
         planned -= report.weights["lm_head"]  # a chunk does not need it
     assert program.arguments == pytest.approx(planned, rel=MEMORY_TOLERANCE)
-    # caches are updated where they are, and so is what else a call is donated
-    assert report.kv + report.state <= program.donated <= 1.02 * (report.kv + report.state)
+    # caches are updated where they are, and so is what else a call is donated: what is known of rows, and
+    # here a snapshot's place on each data rank
+    assert report.kv + report.state <= program.donated <= 1.05 * (report.kv + report.state)
 
 
 def assert_only_known_calls(program: ProgramReport) -> None:
@@ -229,9 +230,9 @@ def test_decode_is_fusions_products_kernels_and_collectives_only(device, tmp_pat
     layout = deployment.layout
     conv = 3 * layout.splits["qkv"].local_size * 8 * 2
     assert max((i.bytes for i in body if i.opcode == "copy"), default=0) <= conv
-    # one a product (8 a DeltaNet layer, 7 an attention layer, with router and shared expert), and what is
-    # between them
-    assert kinds["fusion"] <= 60
+    # one a product (8 a DeltaNet layer, 7 an attention layer, with router and shared expert), what is between
+    # them, and whose states go where at the border of a page
+    assert kinds["fusion"] <= 66
     # no array of every query head's keys
     repeated = 8 * CONTEXT * layout.config.head_dim * 2
     assert [i.name for i in made(module) if repeated <= elements(i)] == []

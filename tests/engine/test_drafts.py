@@ -109,7 +109,7 @@ def test_with_drafts_every_request_gets_the_tokens_that_it_gets_without(seed: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "drafts"), [(0, 3), (9, 1), (22, 2), (5, 4)])
+@pytest.mark.parametrize(("seed", "drafts"), [(22, 2), (5, 4)])
 def test_for_every_number_of_drafts_the_tokens_are_those_without(seed: int, drafts: int) -> None:
     check(model(seed, drafts), requests(seed), np.random.default_rng(drafts), max_rows=2)
 
@@ -146,8 +146,7 @@ def test_rows_that_gave_their_pages_back_go_on_with_the_same_tokens() -> None:
 @pytest.mark.parametrize(
     ("sizes", "choices"),
     [
-        ((2, 2, 2), {"shared_expert": "sharded"}),
-        ((2, 2, 1), {"attention": "data", "shared_expert": "prescaled"}),
+        ((2, 2, 2), {"attention": "data", "shared_expert": "sharded"}),
         ((1, 2, 2), {"expert_dispatch": "all_to_all", "shared_expert": "outside"}),
     ],
 )
@@ -192,7 +191,7 @@ def test_a_state_after_accepted_drafts_is_the_state_after_these_tokens_one_by_on
 def test_a_drawn_token_has_the_probability_that_the_model_gives_it() -> None:
     """Pearson's statistic over the 8 likeliest second tokens and the rest, of those among 2,000 samples with
     drafts that begin alike. At 8 degrees of freedom it passes 26.1 once in a thousand; were n of them drawn
-    from q instead of p, with n sum (q - p)^2 / p = 36, it would 95 times in a hundred."""
+    from q instead of p, with n sum (q - p)^2 / p = 36, it would 94 times in a hundred."""
     drafting = model(0, 2)
     prompt, samples = [3, 1, 4], 2000
     config = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.8, "eos_token_id": []}
