@@ -12,8 +12,10 @@ if _TESTS not in sys.path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--plain-xla`: everything runs as on a machine where the C++ kernels cannot be built."""
+    """`--plain-xla`: everything runs as on a machine where the C++ kernels cannot be built. `--every N`: of
+    slow sweeps of many cases, every N-th."""
     parser.addoption("--plain-xla", action="store_true", help="without the C++ kernels for CPUs")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of slow sweeps, every N-th case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +23,26 @@ def pytest_configure(config: pytest.Config) -> None:
         from qwen_moe_jax.kernels import table
 
         table.native_variant = lambda: None
+
+
+# Slow cases of one test function from which on `--every` leaves some out.
+_SWEEP = 10
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thins sweeps out, for `--every`."""
+    step = int(config.getoption("--every") or 1)
+    if step == 1:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {
+        item for sweep in cases.values() if len(sweep) >= _SWEEP for i, item in enumerate(sweep) if i % step
+    }
+    config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+    items[:] = [item for item in items if item not in left_out]
 
 
 # Layouts are tested on devices that the CPU pretends to have; a model without a mesh uses the first one.
