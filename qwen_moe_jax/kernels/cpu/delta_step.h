@@ -15,8 +15,8 @@ struct DeltaStepArguments {
   float* out;                     // [batch, seq, heads, value_dim]
 };
 
-// One token's columns of a head's state, VECTORS * LANES of them or the last few; rows of the state are `stride`
-// apart.
+// One token's columns of a head's state, VECTORS * LANES of them or the last few; rows of the state are
+// `stride` apart.
 template <int VECTORS>
 inline void delta_columns(long key_dim, float* state, long stride, const float* q, const float* k,
                           const float* v, float decay, float beta, float* out, long count) {
