@@ -89,6 +89,11 @@ class VisionConfig:
         return cls(**sizes)
 
 
+def describes_mtp(raw: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json says anything of multi-token prediction."""
+    return _text_of(raw).get("mtp_num_hidden_layers") is not None
+
+
 def mtp_layers(raw: Mapping[str, Any]) -> int:
     """How many decoder layers multi-token prediction has, from a parsed config.json of either form.
 
@@ -96,8 +101,7 @@ def mtp_layers(raw: Mapping[str, Any]) -> int:
         ConfigError: `mtp_num_hidden_layers` is absent or no positive integer, or the part has an embedding of
             its own.
     """
-    text = raw.get("text_config") if raw.get("model_type") == MULTIMODAL_MODEL_TYPE else raw
-    text = text if isinstance(text, Mapping) else {}
+    text = _text_of(raw)
     layers = text.get("mtp_num_hidden_layers")
     if not _is_positive(layers):
         raise ConfigError(
@@ -110,6 +114,11 @@ def mtp_layers(raw: Mapping[str, Any]) -> int:
             "embedding is implemented."
         )
     return layers
+
+
+def _text_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = raw.get("text_config") if raw.get("model_type") == MULTIMODAL_MODEL_TYPE else raw
+    return text if isinstance(text, Mapping) else {}
 
 
 def _is_positive(value: Any) -> TypeGuard[int]:

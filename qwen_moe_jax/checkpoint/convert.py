@@ -1,6 +1,7 @@
 """From a Hugging Face checkpoint to one in Orbax layout, file to file, a layer in memory at a time.
 
 What is written is what is stored: the same values in the same dtypes, one array a parameter, experts stacked.
+Multi-token prediction goes along where config.json describes it.
 A conversion that was killed goes on where it was when it is started again.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import is_matrix
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,
@@ -25,9 +26,10 @@ from qwen_moe_jax.checkpoint.orbax_folder import (
     refuse_unfinished,
     write_group,
 )
+from qwen_moe_jax.checkpoint.parts import whole_source
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
-from qwen_moe_jax.checkpoint.reader import Source, check_tied_head, match_tensors, read_source, source_dtype
-from qwen_moe_jax.checkpoint.safetensors_files import StoredTensor, abbreviate, stored_tensors
+from qwen_moe_jax.checkpoint.reader import Source, read_source, source_dtype
+from qwen_moe_jax.checkpoint.safetensors_files import StoredTensor, abbreviate
 from qwen_moe_jax.checkpoint.writer import ORBAX_FOLDER, ORBAX_PART, require_new_folder, write_side_files
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
@@ -76,13 +78,12 @@ def convert_checkpoint(
     config = ModelConfig.from_file(source)
     if is_orbax(source):
         raise CheckpointError(f"{source} is in Orbax layout already; give a Hugging Face checkpoint.")
-    shapes = parameter_shapes(config)
-    match = match_tensors(source, stored_tensors(source), shapes)
-    check_tied_head(source, match)
-    dtypes = {name: source_dtype(tensors) for name, tensors in match.sources.items()}
+    found = whole_source(source, config)
+    shapes, sources = found.shapes, found.sources
+    dtypes = {name: source_dtype(tensors) for name, tensors in sources.items()}
     sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     groups = groups_of(shapes)
-    identity = _identity(source, match.sources)
+    identity = _identity(source, sources)
 
     part = destination / ORBAX_PART
     if (destination / ORBAX_FOLDER).exists():
@@ -105,13 +106,13 @@ def convert_checkpoint(
             arrays = {}
             for name in names:
                 arrays[name] = np.empty(shapes[name], dtypes[name])
-                _read(match.sources[name], arrays[name])
+                _read(sources[name], arrays[name])
                 bar.update(sizes[name])
             write_group(part, group, arrays, dtypes)
             del arrays  # before the next ones are allocated
-    write_side_files(destination, config, _model_dtype(dtypes, sizes), source)
+    write_side_files(destination, config, _model_dtype(dtypes, sizes), source, mtp_layers=found.mtp_layers)
     finish(destination)
-    return ConvertReport(config, total, kept, match.skipped)
+    return ConvertReport(config, total, kept, found.skipped)
 
 
 def _is_abandoned(destination: Path) -> bool:

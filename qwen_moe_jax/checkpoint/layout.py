@@ -188,21 +188,31 @@ def is_block_scaled(name: str) -> bool:
     return name.startswith("layers.") and is_matrix(name) and not name.endswith(_UNQUANTISED_ENDINGS)
 
 
-def quantization_config(config: ModelConfig) -> dict[str, Any]:
+def quantization_config(config: ModelConfig, *, mtp_layers: int = 0) -> dict[str, Any]:
     """config.json's entry on a checkpoint in float8, as the published models have it: modules that stay as
-    they were are named one by one."""
-    kept = [
-        name
-        for name in parameter_shapes(config)
-        if name.endswith(".weight") and not name.endswith("norm.weight") and not is_block_scaled(name)
-    ]
+    they were are named one by one.
+
+    Args:
+        config: of the text model.
+        mtp_layers: layers of multi-token prediction in the checkpoint.
+    """
+    names = [hf_key(name) for name in parameter_shapes(config) if _stays_a_matrix(name)]
+    if mtp_layers:
+        mtp = ["fc.weight"]
+        for layer in range(mtp_layers):
+            mtp += filter(_stays_a_matrix, layer_shapes(config, layer, FULL_ATTENTION))
+        names += [PART_PREFIXES["mtp"] + name for name in mtp]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [hf_key(name).removesuffix(".weight") for name in kept],
+        "modules_to_not_convert": [name.removesuffix(".weight") for name in names],
     }
+
+
+def _stays_a_matrix(name: str) -> bool:
+    return name.endswith(".weight") and not name.endswith("norm.weight") and not is_block_scaled(name)
 
 
 def differences(

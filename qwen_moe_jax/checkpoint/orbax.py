@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.block_scales import E4M3
-from qwen_moe_jax.checkpoint.layout import differences, scale_name
+from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, differences, scale_name
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,
@@ -43,6 +43,11 @@ from qwen_moe_jax.checkpoint.writer import (
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 
+T = TypeVar("T")
+
+# What names of multi-token prediction begin with.
+_MTP = PART_PREFIXES["mtp"]
+
 # Targets that are read at once: one is checked or put on its device while the other is read.
 _READERS = 2
 
@@ -59,6 +64,7 @@ def save_orbax(
     *,
     dtype: Any,
     extra_files_from: str | Path | None = None,
+    mtp: Mapping[str, jax.Array] | None = None,
 ) -> None:
     """Writes parameters, config.json and the files beside them; an earlier Orbax checkpoint is replaced.
 
@@ -70,12 +76,14 @@ def save_orbax(
         config: written with `dtype` as its own.
         dtype: the model's compute dtype, float32 or bfloat16.
         extra_files_from: folder whose tokenizer, chat template and generation_config.json are copied.
+        mtp: parameters of multi-token prediction, as of `parts.mtp_shapes` with one layer; None for none.
 
     Raises:
         CheckpointError: parameters that do not fit the configuration, a matrix that `dtype` cannot hold, or a
             folder with a checkpoint in Hugging Face layout.
     """
     check_parameters(parameters, config)
+    parameters = {**parameters, **{_MTP + name: value for name, value in (mtp or {}).items()}}
     folder = Path(folder)
     refuse_second_layout(folder, SINGLE_FILE, INDEX_FILE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +92,7 @@ def save_orbax(
     part = begin(folder, groups, None)
     for group, names in groups.items():
         write_group(part, group, {name: parameters[name] for name in names}, dtypes)
-    write_side_files(folder, config, np.dtype(dtype), extra_files_from)
+    write_side_files(folder, config, np.dtype(dtype), extra_files_from, mtp_layers=1 if mtp else 0)
     finish(folder)
 
 
@@ -108,6 +116,7 @@ def read_orbax_targets(
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
     *,
+    mtp: bool = False,
     progress: bool = False,
 ) -> tuple[dict[str, jax.Array], ReadReport]:
     """Reads every target, two at a time, and of each what this process's devices hold of it.
@@ -118,6 +127,7 @@ def read_orbax_targets(
         folder: as written by `save_orbax` or `convert_checkpoint`.
         targets: name -> what is held and what it is made of.
         shapes: canonical name -> shape of every parameter that the checkpoint has to hold.
+        mtp: read multi-token prediction instead of the text model.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -129,7 +139,8 @@ def read_orbax_targets(
         CheckpointError: it is unfinished or damaged, or keys, shapes or values do not fit (all are named).
     """
     folder = Path(folder)
-    arrays = _open_arrays(folder)
+    opened = _open_arrays(folder)
+    arrays = _of_part(opened, mtp)
     stored = {name: _struct(array) for name, array in arrays.items()}
     check_arrays(folder, stored, shapes)
     lock = threading.Lock()
@@ -163,7 +174,7 @@ def read_orbax_targets(
     report = ReadReport(
         file_bytes=sum(array.size * array.dtype.itemsize for array in stored.values()),
         read_bytes=read_bytes,
-        skipped={},
+        skipped={"mtp": len(opened) - len(arrays)} if not mtp and len(opened) > len(arrays) else {},
         rounded=tuple(name for name in stored if name in rounded),
         dtypes={name: np.dtype(array.dtype) for name, array in stored.items()},
     )
@@ -235,14 +246,23 @@ def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
             )
 
 
-def stored_arrays(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_arrays(folder: str | Path, *, mtp: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Canonical name -> shape and dtype of every array in a checkpoint in Orbax layout; reads no weights.
+
+    Args:
+        folder: of the checkpoint.
+        mtp: of multi-token prediction (none if it holds none) instead of the text model.
 
     Raises:
         CheckpointNotFoundError: no Orbax checkpoint in the folder.
         CheckpointError: it is unfinished or damaged.
     """
-    return {name: _struct(array) for name, array in _open_arrays(Path(folder)).items()}
+    return {name: _struct(array) for name, array in _of_part(_open_arrays(Path(folder)), mtp).items()}
+
+
+def _of_part(arrays: Mapping[str, T], mtp: bool) -> dict[str, T]:
+    """Those of multi-token prediction or of the text model, by canonical name."""
+    return {name.removeprefix(_MTP): array for name, array in arrays.items() if name.startswith(_MTP) == mtp}
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:

@@ -4,9 +4,10 @@
     folder/orbax/manifest.json   {"groups": {group: [canonical names]}, "source": what it was converted from}
     folder/orbax/layers.0/       an Orbax PyTree checkpoint: {canonical name: array}
 
-A layer is a group; so are the embedding, the last norm and the head. Groups are written under `orbax.part/`,
-each under another name until it is on the disk, and the folder gets its real name when everything is there.
-So whatever moment a writer dies at, `orbax/` is whole or absent, and a group under its real name is whole.
+A layer is a group; so are the embedding, the last norm, the head and multi-token prediction, whose names
+begin with `mtp.`. Groups are written under `orbax.part/`, each under another name until it is on the disk,
+and the folder gets its real name when everything is there. So whatever moment a writer dies at, `orbax/` is
+whole or absent, and a group under its real name is whole.
 """
 
 import contextlib

@@ -4,22 +4,34 @@
 canonical names are its keys without that prefix. Text generation uses neither; it skips them and says so.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, layer_shapes
+from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, layer_shapes, parameter_shapes
+from qwen_moe_jax.checkpoint.orbax import read_orbax_targets, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
-from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_targets
+from qwen_moe_jax.checkpoint.reader import (
+    Source,
+    check_tied_head,
+    checkpoint_dtype,
+    float_dtype,
+    match_tensors,
+    read_targets,
+)
 from qwen_moe_jax.checkpoint.safetensors_files import stored_tensors
 from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
-from qwen_moe_jax.checkpoint.targets import whole
+from qwen_moe_jax.checkpoint.targets import Target, whole
+from qwen_moe_jax.checkpoint.writer import FLOATS
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
 from qwen_moe_jax.json_files import read_json_object
-from qwen_moe_jax.part_configs import VisionConfig, mtp_layers
+from qwen_moe_jax.part_configs import VisionConfig, describes_mtp, mtp_layers
 
 _WORDS = {"mtp": "multi-token prediction", "visual": "vision tower"}
 
@@ -94,7 +106,7 @@ def part_keys(part: str) -> KeyMap:
 def read_part(
     folder: str | Path, part: str, *, dtype: Any = "auto", progress: bool = False
 ) -> tuple[dict[str, jax.Array], Blocks]:
-    """Reads a part of a Hugging Face checkpoint onto the default device, strictly.
+    """Reads a part of a checkpoint onto the default device, strictly.
 
     Args:
         folder: with config.json and safetensors files.
@@ -111,32 +123,114 @@ def read_part(
 
     Raises:
         CheckpointNotFoundError: the folder, its config.json or a file of weights is missing.
-        CheckpointError: the checkpoint does not hold the part, or is in Orbax layout; a file is damaged; or
-            keys, shapes, dtypes or values do not fit (all are named).
+        CheckpointError: the checkpoint does not hold the part (in Orbax layout it never holds the vision
+            tower); a file is damaged; or keys, shapes, dtypes or values do not fit (all are named).
         ConfigError: config.json does not describe the part, or something that is not implemented.
         InputError: no such part, or another dtype.
     """
     folder, keys = Path(folder), part_keys(part)
     requested = None if isinstance(dtype, str) and dtype == "auto" else float_dtype(dtype)
-    if is_orbax(folder):
-        raise CheckpointError(
-            f"{folder} is in Orbax layout, which holds the text model only; read the {_WORDS[part]} from the "
-            "Hugging Face checkpoint that it was converted from."
-        )
-    tensors = {key: t for key, t in stored_tensors(folder).items() if keys.name(key) is not None}
-    if not tensors:
+    if not holds_part(folder, part):
         raise CheckpointError(
             f"{folder} holds no {_WORDS[part]} (no key begins with {keys.key('')}); read it from the "
             "published checkpoint."
         )
     shapes = part_shapes(folder, part)
-    matrix = requested or jnp.dtype(checkpoint_dtype(folder, keys))
+    matrix = requested or _part_dtype(folder, keys)
     targets = {
         name: whole(name, jax.ShapeDtypeStruct(shape, matrix if is_part_matrix(shape) else jnp.float32))
         for name, shape in shapes.items()
     }
     targets, granules = with_scales(targets, shapes)
-    return read_targets(folder, targets, shapes, keys=keys, progress=progress)[0], granules
+    return read_part_targets(folder, part, targets, shapes, progress=progress)[0], granules
+
+
+def read_part_targets(
+    folder: Path,
+    part: str,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, jax.Array], int]:
+    """Reads targets of a part: (canonical name -> array, bytes read); arguments as of `read_targets`.
+
+    Raises:
+        CheckpointError: keys, shapes, dtypes or values do not fit.
+    """
+    if is_orbax(folder):
+        read, report = read_orbax_targets(folder, targets, shapes, mtp=True, progress=progress)
+    else:
+        read, report = read_targets(folder, targets, shapes, keys=part_keys(part), progress=progress)
+    return read, report.read_bytes
+
+
+def holds_part(folder: Path, part: str) -> bool:
+    """Whether a checkpoint holds a part; Orbax layout has multi-token prediction at most."""
+    if is_orbax(folder):
+        return part == "mtp" and bool(stored_arrays(folder, mtp=True))
+    keys = part_keys(part)
+    return any(keys.name(key) is not None for key in stored_tensors(folder))
+
+
+def _part_dtype(folder: Path, keys: KeyMap) -> np.dtype:
+    """The dtype that a part's matrices are stored in."""
+    if not is_orbax(folder):
+        return jnp.dtype(checkpoint_dtype(folder, keys))
+    arrays = stored_arrays(folder, mtp=True).values()
+    return max(
+        (array.dtype for array in arrays if array.ndim > 1 and array.dtype in FLOATS),
+        key=lambda d: d.itemsize,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeSource:
+    """All of a checkpoint that goes from file to file: the text model and multi-token prediction.
+
+    Attributes:
+        shapes: name -> shape; names of multi-token prediction begin with its prefix.
+        sources: name -> its tensors.
+        mtp_layers: layers of multi-token prediction; 0 where the checkpoint holds none or does not describe
+            it.
+        skipped: families of tensors that are left out -> tensors.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    sources: dict[str, Source]
+    mtp_layers: int
+    skipped: dict[str, int]
+
+
+def whole_source(folder: Path, config: ModelConfig) -> WholeSource:
+    """Finds the tensors of a Hugging Face checkpoint, looking at headers only.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes do not fit.
+        ConfigError: multi-token prediction that is not implemented.
+    """
+    shapes, tensors = parameter_shapes(config), stored_tensors(folder)
+    match = match_tensors(folder, tensors, shapes)
+    check_tied_head(folder, match)
+    sources, skipped = dict(match.sources), dict(match.skipped)
+    layers = stored_mtp_layers(folder) if "mtp" in skipped else 0
+    if layers:
+        prefix, mtp = PART_PREFIXES["mtp"], mtp_shapes(config, layers)
+        found = match_tensors(folder, tensors, mtp, part_keys("mtp")).sources
+        shapes |= {prefix + name: shape for name, shape in mtp.items()}
+        sources |= {prefix + name: tensors for name, tensors in found.items()}
+        del skipped["mtp"]
+    return WholeSource(shapes, sources, layers, skipped)
+
+
+def stored_mtp_layers(folder: str | Path) -> int:
+    """How many layers of multi-token prediction config.json says there are; 0 if it says nothing of it.
+
+    Raises:
+        ConfigError: as of `mtp_layers`.
+    """
+    raw = read_json_object(Path(folder) / "config.json", ConfigError)
+    return mtp_layers(raw) if describes_mtp(raw) else 0
 
 
 def is_part_matrix(shape: tuple[int, ...]) -> bool:

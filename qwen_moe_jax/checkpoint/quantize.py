@@ -1,7 +1,8 @@
 """From a float checkpoint to one in FP8, file to file, in the layout of the published FP8 models.
 
-Matrices of the layers become float8_e4m3fn with block scales, one tensor an expert; routers, gates, the two
-small projections of Gated DeltaNet, embedding, lm_head and everything that is no matrix stay as they are.
+Matrices of the layers, those of multi-token prediction included, become float8_e4m3fn with block scales, one
+tensor an expert; routers, gates, the two small projections of Gated DeltaNet, embedding, lm_head and what is
+no matrix stay as they are.
 One matrix is in memory at a time.
 """
 
@@ -17,17 +18,18 @@ from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.block_scales import E4M3, quantize, scale_shape
 from qwen_moe_jax.checkpoint.layout import (
+    PART_PREFIXES,
     expert_pieces,
     hf_key,
     is_block_scaled,
     is_matrix,
-    parameter_shapes,
     whole_piece,
 )
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
+from qwen_moe_jax.checkpoint.parts import whole_source
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
-from qwen_moe_jax.checkpoint.reader import Source, check_tied_head, match_tensors, read_source, source_dtype
-from qwen_moe_jax.checkpoint.safetensors_files import abbreviate, stored_tensors
+from qwen_moe_jax.checkpoint.reader import Source, read_source, source_dtype
+from qwen_moe_jax.checkpoint.safetensors_files import abbreviate
 from qwen_moe_jax.checkpoint.targets import Box
 from qwen_moe_jax.checkpoint.writer import (
     Entry,
@@ -112,11 +114,10 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source} is in Orbax layout; give the Hugging Face checkpoint it is from.")
     if config.float8:
         raise CheckpointError(f"{source} is in FP8 already; give a float32 or bfloat16 checkpoint.")
-    shapes = parameter_shapes(config)
-    match = match_tensors(source, stored_tensors(source), shapes)
-    check_tied_head(source, match)
+    whole = whole_source(source, config)
+    sources = whole.sources
     scales = SCALE_DTYPES[scale_dtype]
-    outputs = [out for name, shape in shapes.items() for out in _outputs(name, shape, match.sources[name])]
+    outputs = [out for name, shape in whole.shapes.items() for out in _outputs(name, shape, sources[name])]
     parts = into_shards(outputs, lambda out: entries_bytes(out.entries(scales)), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     entries = {file: [e for out in members for e in out.entries(scales)] for file, members in shards.items()}
@@ -128,7 +129,7 @@ def quantize_checkpoint(
                 with (destination / file).open("wb") as stream:
                     stream.write(encode_header(entries[file]))
                     for out in members:
-                        count = _write(stream, out, match.sources[out.name], scales)
+                        count = _write(stream, out, sources[out.name], scales)
                         source_bytes += count
                         bar.update(count)
     except BaseException:
@@ -136,16 +137,19 @@ def quantize_checkpoint(
             (destination / file).unlink(missing_ok=True)
         raise
     write_index(destination, entries)
-    dtypes = [source_dtype(match.sources[name]) for name in shapes if is_matrix(name)]
+    dtypes = [source_dtype(sources[name]) for name in sources if is_matrix(name)]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    write_side_files(destination, dataclasses.replace(config, float8=True), widest, source)
-    return QuantizeReport(source_bytes, sum(map(entries_bytes, entries.values())), match.skipped)
+    config = dataclasses.replace(config, float8=True)
+    write_side_files(destination, config, widest, source, mtp_layers=whole.mtp_layers)
+    return QuantizeReport(source_bytes, sum(map(entries_bytes, entries.values())), whole.skipped)
 
 
 def _outputs(name: str, shape: tuple[int, ...], source: Source) -> Iterator[_Output]:
-    dtype, scaled = source_dtype(source), is_block_scaled(name)
+    prefix = PART_PREFIXES["mtp"]
+    dtype, scaled = source_dtype(source), is_block_scaled(name.removeprefix(prefix))
     for piece in (scaled and expert_pieces(name, shape)) or [whole_piece(name, shape)]:
-        yield _Output(hf_key(piece.name), name, piece.box, piece.shape, dtype, scaled)
+        key = piece.name if name.startswith(prefix) else hf_key(piece.name)
+        yield _Output(key, name, piece.box, piece.shape, dtype, scaled)
 
 
 def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> int:

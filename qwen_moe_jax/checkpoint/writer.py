@@ -105,8 +105,7 @@ def write_safetensors(
     for file in shards:
         (folder / f"{file}.part").replace(folder / file)
     write_index(folder, shards)
-    more = {"mtp_num_hidden_layers": 1} if mtp else {}
-    write_side_files(folder, config, np.dtype(dtype), extra_files_from, more)
+    write_side_files(folder, config, np.dtype(dtype), extra_files_from, mtp_layers=1 if mtp else 0)
 
 
 def shard_names(count: int) -> list[str]:
@@ -171,16 +170,27 @@ def write_side_files(
     config: ModelConfig,
     dtype: np.dtype,
     extra_files_from: str | Path | None,
-    more: Mapping[str, Any] | None = None,
+    *,
+    mtp_layers: int = 0,
 ) -> None:
-    """Copies what else belongs to a checkpoint, then writes config.json, with `more` entries."""
+    """Copies what else belongs to a checkpoint, then writes config.json.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the text model.
+        dtype: it computes in.
+        extra_files_from: folder of the other files; None for none.
+        mtp_layers: layers of multi-token prediction that the checkpoint holds.
+    """
     if extra_files_from is not None and Path(extra_files_from).resolve() != folder.resolve():
         for name in EXTRA_FILES:
             if (Path(extra_files_from) / name).is_file():
                 shutil.copyfile(Path(extra_files_from) / name, folder / name)
-    written = dataclasses.replace(config, dtype=dtype.name).to_dict() | dict(more or {})
+    written = dataclasses.replace(config, dtype=dtype.name).to_dict()
+    if mtp_layers:
+        written["mtp_num_hidden_layers"] = mtp_layers
     if config.float8:
-        written["quantization_config"] = quantization_config(config)
+        written["quantization_config"] = quantization_config(config, mtp_layers=mtp_layers)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from support.parts import (
     split_experts,
 )
 
+from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
 from qwen_moe_jax.checkpoint.layout import (
     PART_PREFIXES,
@@ -23,7 +24,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_shapes,
     scale_name,
 )
-from qwen_moe_jax.checkpoint.orbax import save_orbax
+from qwen_moe_jax.checkpoint.orbax import save_orbax, stored_arrays
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, part_shapes, read_part, visual_shapes
 from qwen_moe_jax.checkpoint.reader import read_parameters
 from qwen_moe_jax.config import ModelConfig
@@ -259,7 +260,7 @@ def test_a_missing_scale_of_float8_mtp_is_named(tmp_path):
     assert f"missing keys: {key}" in error_of(checkpoint.folder, "mtp")
 
 
-def test_an_orbax_checkpoint_holds_no_parts(tmp_path):
+def test_an_orbax_checkpoint_of_the_text_model_alone_holds_no_part(tmp_path):
     config = config_of(SEED)
     save_orbax(
         tmp_path,
@@ -267,7 +268,18 @@ def test_an_orbax_checkpoint_holds_no_parts(tmp_path):
         config,
         dtype=jnp.float32,
     )
-    assert "Orbax layout, which holds the text model only" in error_of(tmp_path, "mtp")
+    for part, words in (("mtp", "multi-token prediction"), ("visual", "vision tower")):
+        assert f"holds no {words}" in error_of(tmp_path, part)
+
+
+def test_conversion_takes_multi_token_prediction_along_and_names_the_tower(checkpoint, tmp_path):
+    report = convert_checkpoint(checkpoint.folder, tmp_path / "orbax")
+    assert set(report.skipped) == {"model.visual"}
+    read, _ = read_part(tmp_path / "orbax", "mtp")
+    for name, value in checkpoint.mtp.state_dict().items():
+        np.testing.assert_array_equal(np.asarray(read[name]), value.numpy(), name)
+    names = set(stored_arrays(tmp_path / "orbax"))
+    assert names == set(parameter_shapes(ModelConfig.from_file(checkpoint.folder)))
 
 
 def test_an_unknown_part_and_an_absent_folder_are_refused(tmp_path):
