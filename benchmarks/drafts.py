@@ -38,7 +38,7 @@ class Replayed:
         self.vocab, self.free = vocab, free
 
     def __call__(self, number: Any, logits: Any, drafts: Any, rows: Any, roster: Any, seen: Any) -> Any:
-        """Stands for `decoding._drawn`."""
+        """Stands for `decoding.drawn`."""
         place = jnp.minimum(rows.emitted + number, self.known.shape[1] - 1)
         slot = jnp.minimum(roster.slots, self.known.shape[0] - 1)
         right = self.known[slot, place]
@@ -50,7 +50,7 @@ class Replayed:
 
 
 def held_to(replayed: Replayed, choose: Any) -> Any:
-    """`decoding._choose` with the known text as the most likely one."""
+    """`row_updates._choose` with the known text as the most likely one."""
 
     def chosen(logits: Any, rows: Any, given: Any, seen: Any, said: Any, alive: Any) -> Any:
         place = jnp.minimum(rows.emitted, replayed.known.shape[1] - 1)
@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("--always", action="store_true", help="rows never rest")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from qwen_moe_jax.engine import decoding
+    from qwen_moe_jax.engine import decoding, row_updates
     from qwen_moe_jax.host import processor_says
 
     if args.always:
         decoding.worth_of = lambda kernels: 0.0
-    plain, choose = load(args.folder, 0), decoding._choose
+    plain, choose = load(args.folder, 0), row_updates._choose
     found: dict[str, Any] = {
         "processor": processor_says("model name"),
         "kernels": plain.kernels.native,
@@ -112,11 +112,11 @@ def main() -> None:
     for batch in args.batch:
         prompts = [rng.integers(3, plain.config.vocab_size, CONTEXT).tolist() for _ in range(batch)]
         with plain.engine(max_rows=batch, prefix_cache=False) as base:
-            decoding._choose = choose
+            row_updates._choose = choose
             known, _, _ = texts_of(base, prompts, args.new)
             for drafts in args.drafts:
                 replayed = Replayed(known, args.rates[:drafts], plain.config.vocab_size, free=args.free)
-                decoding._drawn, decoding._choose = replayed, held_to(replayed, choose)
+                decoding.drawn, row_updates._choose = replayed, held_to(replayed, choose)
                 drafting = load(args.folder, drafts)
                 if args.free:
                     forward = drafting._steps.forward

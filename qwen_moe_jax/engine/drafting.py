@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels
 
 # Tokens that a step with drafts has to give on average, for what it costs beside a step without; by target.
@@ -41,6 +42,12 @@ class Drafts:
     mean: jax.Array  # [rows] float32, running mean of the tokens that a step with drafts gave
     rest: jax.Array  # [rows] int32, tokens to decode without drafts
     next_rest: jax.Array  # [rows] int32
+
+
+def check_drafts(asked: Any) -> None:
+    """Raises InputError unless it is a number of drafts a step."""
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= MOST_DRAFTS:
+        raise InputError(f"draft_tokens is {asked!r}; expected 0 to {MOST_DRAFTS}.")
 
 
 def default_drafts(kernels: Kernels) -> int:

@@ -36,6 +36,7 @@ class Forward(Protocol):
         drafter: multi-token prediction, None where it is not used. Its keys and values are the last of the
             layers' pools.
         draft_tokens: that it drafts at most for each step; 0 without it.
+        exact: drafts are verified by passes over one token, so that no sum depends on whether there are any.
         kernels: what it is compiled for.
         parameters: canonical name -> array.
         batch_multiple: ranks that rows are divided among; a batch's number of rows is a multiple of it.
@@ -48,6 +49,7 @@ class Forward(Protocol):
     decoder: Decoder
     drafter: MtpHead | None
     draft_tokens: int
+    exact: bool
     kernels: Kernels
     parameters: dict[str, jax.Array]
     batch_multiple: int
@@ -142,11 +144,18 @@ class OneDeviceForward:
     """The model on the device its parameters lie on."""
 
     def __init__(
-        self, decoder: Decoder, kernels: Kernels, drafter: MtpHead | None = None, draft_tokens: int = 0
+        self,
+        decoder: Decoder,
+        kernels: Kernels,
+        drafter: MtpHead | None = None,
+        draft_tokens: int = 0,
+        *,
+        exact: bool = False,
     ):
         self.decoder = decoder
         self.drafter = drafter
         self.draft_tokens = draft_tokens
+        self.exact = exact
         self.kernels = kernels
         self.parameters = named_parameters(decoder)
         if drafter is not None:

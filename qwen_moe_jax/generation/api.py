@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import save_orbax
-from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, read_part
+from qwen_moe_jax.checkpoint.parts import holds_part, mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.core import Core
-from qwen_moe_jax.engine.drafting import MOST_DRAFTS, default_drafts
+from qwen_moe_jax.engine.drafting import check_drafts, default_drafts
 from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.engine.pools import pool_sizes
 from qwen_moe_jax.engine.steps import Steps
@@ -34,7 +34,7 @@ from qwen_moe_jax.generation.loading import (
     with_stored_scales,
 )
 from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.parts import holds_mtp, load_mtp
+from qwen_moe_jax.generation.parts import load_mtp
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.tokenizer import Tokenizer
@@ -123,12 +123,14 @@ class QwenMoe:
             expert_dispatch: "psum" (every rank of the expert axis sees every token) or "all_to_all" (tokens
                 are sent to the ranks of their experts).
             exact: logits equal bit by bit for every size of the expert axis, at the price that attention is
-                not divided along it and that the experts' sum moves top_k times the bytes.
+                not divided along it and that the experts' sum moves top_k times the bytes. Drafts are then
+                verified token by token: the text is the same without exception, and comes no sooner.
             attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
                 and vocabulary) or "data" (other rows of the batch).
             draft_tokens: how many tokens multi-token prediction drafts at most for a step, in each row as
                 long as its drafts hold; 0 leaves it out, "auto" is 0 on a CPU and 3 elsewhere, where the
-                checkpoint holds it (`engine/drafting.py`). The text is the same with any number.
+                checkpoint holds it (`engine/drafting.py`). The text is the same with any number, but where
+                two tokens are equally likely within rounding.
             kernels: which implementation of each operation runs: "auto" for the table of `kernels/table.py`,
                 "xla" for no kernel of this library's own, or operation -> implementation, such as
                 {"experts": "grouped"}; `describe()` says which run.
@@ -158,7 +160,7 @@ class QwenMoe:
             attention=attention,
         )
         drafts = _drafts_of(draft_tokens, folder, table, exact=exact)
-        loaded = load_forward(folder, config, compute, table, progress, layout, drafts)
+        loaded = load_forward(folder, config, compute, table, progress, layout, drafts, exact=exact)
         return cls(loaded, folder, layout, table)
 
     @property
@@ -339,18 +341,10 @@ class QwenMoe:
         )
 
     def save_orbax(self, path: str | Path) -> None:
-        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template.
-
-        Raises:
-            InputError: the model drafts: this layout holds the text model only.
-        """
+        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template, and with
+        multi-token prediction where the model drafts."""
         text, mtp = self._stored()
-        if mtp:
-            raise InputError(
-                "the model was loaded with multi-token prediction, which the Orbax layout does not hold; use "
-                "save_pretrained, or load it with draft_tokens=0."
-            )
-        save_orbax(path, text, self.config, dtype=self.dtype, extra_files_from=self.folder)
+        save_orbax(path, text, self.config, dtype=self.dtype, extra_files_from=self.folder, mtp=mtp or None)
 
     def describe(self, *, context: int | None = None, device: str | None = None) -> ModelDescription:
         """What the model is, how it lies on its devices, and the memory it takes there.
@@ -363,7 +357,14 @@ class QwenMoe:
             InputError: another device, or a context that is no positive number.
         """
         return describe_model(
-            self.folder, self.config, self.dtype, self.layout, self.kernels, context=context, device=device
+            self.folder,
+            self.config,
+            self.dtype,
+            self.layout,
+            self.kernels,
+            context=context,
+            device=device,
+            draft_tokens=self.draft_tokens,
         )
 
     def _stored(self) -> tuple[Any, Any]:
@@ -478,15 +479,9 @@ class QwenMoe:
 
 def _drafts_of(asked: Any, folder: Path, kernels: Kernels, *, exact: bool) -> int:
     """How many tokens a model drafts for a step."""
-    if asked == "auto":
-        return default_drafts(kernels) if not exact and holds_mtp(folder) else 0
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= MOST_DRAFTS:
-        raise InputError(f'draft_tokens is {asked!r}; expected 0 to {MOST_DRAFTS}, or "auto".')
-    if asked and exact:
-        raise InputError(
-            f"draft_tokens is {asked} with exact=True, but sums over several tokens at a time differ in "
-            "their last bits from those over one; expected draft_tokens=0."
-        )
+    if asked == "auto":  # with exact=True drafts gain nothing
+        return default_drafts(kernels) if not exact and holds_part(folder, "mtp") else 0
+    check_drafts(asked)
     return asked
 
 

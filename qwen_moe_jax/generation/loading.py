@@ -12,13 +12,14 @@ import numpy as np
 from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
+from qwen_moe_jax.checkpoint.parts import mtp_shapes, read_part_targets, stored_mtp_layers
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_targets
 from qwen_moe_jax.checkpoint.scale_targets import with_scales
 from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.forward import Forward, OneDeviceForward
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
-from qwen_moe_jax.generation.parts import load_mtp, read_mtp_targets, stored_mtp_layers
+from qwen_moe_jax.generation.parts import load_mtp
 from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
@@ -102,6 +103,8 @@ def load_forward(
     progress: bool,
     layout: Layout | None = None,
     draft_tokens: int = 0,
+    *,
+    exact: bool = False,
 ) -> Loaded:
     """Reads a checkpoint in Hugging Face or Orbax layout.
 
@@ -113,6 +116,7 @@ def load_forward(
         progress: show a bar.
         layout: None means the default device.
         draft_tokens: that multi-token prediction drafts at most for a step; 0 leaves it out.
+        exact: verify drafts token by token; of a mesh, its layout says so.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or does not fit its configuration.
@@ -123,7 +127,7 @@ def load_forward(
         parameters, skipped, read_bytes = read_weights(folder, config, policy, targets, progress)
         drafter = load_mtp(folder, config, compute, kernels, progress=progress) if draft_tokens else None
         forward: Forward = OneDeviceForward(
-            with_parameters(decoder, parameters), kernels, drafter, draft_tokens
+            with_parameters(decoder, parameters), kernels, drafter, draft_tokens, exact=exact
         )
     else:
         targets = layout.targets(policy)
@@ -132,7 +136,8 @@ def load_forward(
         if draft_tokens:
             layers = stored_mtp_layers(folder)
             head, drafter_targets = layout_drafter(layout, layers, policy, kernels)
-            own, more_bytes = read_mtp_targets(folder, drafter_targets, config, layers, progress)
+            shapes = mtp_shapes(config, layers)
+            own, more_bytes = read_part_targets(folder, "mtp", drafter_targets, shapes, progress=progress)
             parameters |= {MTP + name: value for name, value in own.items()}
             read_bytes += more_bytes
         forward = MeshForward(layout, policy, kernels, parameters, head, draft_tokens)

@@ -14,13 +14,14 @@ from support.drafts import drafting_checkpoint
 from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe, make_mesh
-from qwen_moe_jax.checkpoint.parts import read_part
+from qwen_moe_jax.checkpoint.convert import convert_checkpoint
+from qwen_moe_jax.checkpoint.parts import holds_part, read_part
+from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
 from qwen_moe_jax.engine.drafting import Drafts, after_step, after_token, no_drafts
 from qwen_moe_jax.engine.shapes import right_pad
 from qwen_moe_jax.errors import CheckpointError, InputError
 from qwen_moe_jax.evaluation.word_problems import held_out
 from qwen_moe_jax.formats.cache import DeltaNetCache, empty_cache
-from qwen_moe_jax.generation.parts import holds_mtp
 
 # Log-probabilities from passes over other numbers of tokens: float32 sums in other orders, of logits of
 # about 5.
@@ -296,8 +297,7 @@ def test_drafts_are_asked_for_where_there_are_any(tmp_path) -> None:
     for wrong in (-1, 9, True, "some", 1.5):
         with pytest.raises(InputError, match="expected 0 to 8"):
             QwenMoe.from_pretrained(folder(9), draft_tokens=wrong)
-    with pytest.raises(InputError, match="with exact=True"):
-        QwenMoe.from_pretrained(folder(9), draft_tokens=1, exact=True)
+    assert QwenMoe.from_pretrained(folder(9), draft_tokens="auto", exact=True).draft_tokens == 0
     model(9, 0).save_pretrained(tmp_path / "text")
     with pytest.raises(CheckpointError, match="no multi-token prediction"):
         QwenMoe.from_pretrained(tmp_path / "text", draft_tokens=1)
@@ -313,12 +313,64 @@ def test_a_model_that_drafts_is_saved_with_its_drafter(tmp_path) -> None:
     assert before.keys() == after.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
-    assert holds_mtp(tmp_path / "whole")
+    assert holds_part(tmp_path / "whole", "mtp")
     on_mesh = QwenMoe.from_pretrained(
         folder(9), dtype="float32", mesh=make_mesh(1, 2, 2), draft_tokens=3, shared_expert="sharded"
     )
     on_mesh.save_pretrained(tmp_path / "mesh")
     for name, value in read_part(tmp_path / "mesh", "mtp")[0].items():
         np.testing.assert_array_equal(value, before[name])
-    with pytest.raises(InputError, match="which the Orbax layout does not hold"):
-        drafting.save_orbax(tmp_path / "orbax")
+    on_mesh.save_orbax(tmp_path / "orbax")
+    convert_checkpoint(folder(9), tmp_path / "converted")
+    prompt, options = [[5, 4, 3, 2]], {"max_new_tokens": 40, "eos_token_id": []}
+    wanted = drafting.generate(prompt, **options)
+    for place in ("orbax", "converted"):
+        found = QwenMoe.from_pretrained(tmp_path / place, draft_tokens=3)
+        assert "mtp" not in found.skipped
+        for name, value in read_part(tmp_path / place, "mtp")[0].items():
+            np.testing.assert_array_equal(value, before[name])
+        out = found.generate(prompt, **options)
+        assert (out.sequences, out.usage.accepted_tokens) == (wanted.sequences, wanted.usage.accepted_tokens)
+    assert set(QwenMoe.from_pretrained(tmp_path / "orbax", draft_tokens=0).skipped) == {"mtp"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2)])
+def test_in_float8_drafts_give_the_tokens_without_and_the_drafter_is_float8_too(sizes, tmp_path) -> None:
+    quantize_checkpoint(folder(9), tmp_path / "fp8")
+    assert holds_part(tmp_path / "fp8", "mtp")
+    mesh = None if sizes is None else make_mesh(*sizes)
+    plain, drafting = (
+        QwenMoe.from_pretrained(tmp_path / "fp8", draft_tokens=k, mesh=mesh, shared_expert="sharded")
+        for k in (0, 3)
+    )
+    name = "mtp.layers.0.mlp.experts.down_proj"
+    assert drafting._parameters[name].dtype == jnp.float8_e4m3fn
+    prompts = [np.random.default_rng(n).integers(0, plain.config.vocab_size, 20).tolist() for n in range(4)]
+    options = {"max_new_tokens": 50, "eos_token_id": [], "frequency_penalty": 0.01}
+    wanted, found = plain.generate(prompts, **options), drafting.generate(prompts, **options)
+    assert found.sequences == wanted.sequences
+    assert found.usage.accepted_tokens > found.usage.drafted_tokens / 8 > 4
+    drafting.save_pretrained(tmp_path / "again")
+    before, after = (read_part(tmp_path / place, "mtp")[0] for place in ("fp8", "again"))
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1)])
+def test_with_exact_every_token_is_the_one_without_drafts_however_close_two_are(sizes) -> None:
+    mesh = None if sizes is None else make_mesh(*sizes)
+    plain, drafting = (
+        QwenMoe.from_pretrained(folder(9), dtype="bfloat16", draft_tokens=k, exact=True, mesh=mesh)
+        for k in (0, 3)
+    )
+    prompts = [np.random.default_rng(n).integers(0, plain.config.vocab_size, 30).tolist() for n in range(6)]
+    options = {"max_new_tokens": 80, "eos_token_id": [], "return_logprobs": True}
+    with plain.engine(max_rows=2, memory=1 << 25) as engine:
+        wanted = dict(engine.run(prompts, options))
+    with drafting.engine(max_rows=2, memory=1 << 25) as engine:
+        found = dict(engine.run(prompts, options))
+        assert engine.stats().accepted_tokens > 40
+    for number, out in wanted.items():
+        assert found[number].sequences == out.sequences
+        assert found[number].logprobs == out.logprobs  # every bit
