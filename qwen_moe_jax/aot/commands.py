@@ -30,6 +30,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse
     planning.add_argument("--batch", type=int, default=64, help="rows of the whole mesh (default 64)")
     planning.add_argument("--context", type=int, default=32768, help="tokens a row (default 32768)")
     planning.add_argument("--dtype", help="bf16 or fp8 (default: as the configuration says)")
+    planning.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="multi-token prediction with N drafts a step",
+    )
     planning.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
 
     command = commands.add_parser(
@@ -41,7 +48,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse
         "--hosts", type=int, default=1, help="that the devices are divided among (default 1)"
     )
     command.add_argument("--mean-context", type=int, metavar="N", help="tokens that rows hold on average")
-    command.add_argument("--program", choices=("prefill", "decode"), help="only this one")
+    command.add_argument("--program", choices=("prefill", "decode", "verify"), help="only this one")
     command.add_argument("--layers", type=int, metavar="N", help="only the first N layers, for a quick look")
     command.add_argument(
         "--kernels",
@@ -96,7 +103,6 @@ def _compile(options: argparse.Namespace) -> int:
     import dataclasses
 
     from qwen_moe_jax.aot.compile import compile_deployment, make_deployment
-    from qwen_moe_jax.aot.programs import PROGRAMS
     from qwen_moe_jax.devices import find_device
 
     config, device = _config(options), find_device(options.device)
@@ -119,6 +125,8 @@ def _compile(options: argparse.Namespace) -> int:
             num_hidden_layers=options.layers,
             layer_types=config.layer_types[: options.layers],
         )
+    if options.program == "verify" and not options.draft_tokens:
+        raise InputError("--program verify verifies drafts; say how many with --draft-tokens.")
     choices = ("shared_expert", "expert_dispatch", "exact", "attention")
     deployment = make_deployment(
         config,
@@ -127,6 +135,7 @@ def _compile(options: argparse.Namespace) -> int:
         batch=options.batch,
         context=options.context,
         mean_context=options.mean_context,
+        draft_tokens=options.draft_tokens,
         kernels=kernels_asked(options.kernels),
         hosts=options.hosts,
         **{name: getattr(options, name) for name in choices},
@@ -136,7 +145,7 @@ def _compile(options: argparse.Namespace) -> int:
         deployment,
         device,
         model=name,
-        programs=(options.program,) if options.program else PROGRAMS,
+        programs=(options.program,) if options.program else None,
         save=options.save,
         progress=lambda text: print(f"{text} ...", file=sys.stderr),
     )
@@ -156,6 +165,7 @@ def _plan(options: argparse.Namespace) -> int:
         options.count,
         batch=options.batch,
         context=options.context,
+        draft_tokens=options.draft_tokens,
         top=options.top,
     )
     _give(report, options)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import jaxlib.version
 
 from qwen_moe_jax.aot import private_jax, toolchain
+from qwen_moe_jax.aot.drafting import verify_collectives, verify_work
 from qwen_moe_jax.aot.hlo import Module, collectives, custom_calls
 from qwen_moe_jax.aot.minimum import collective_bytes, least_work, roofline
-from qwen_moe_jax.aot.programs import PROGRAMS, Deployment
+from qwen_moe_jax.aot.programs import PROGRAMS, VERIFY, Deployment
 from qwen_moe_jax.aot.report import CompileReport, ProgramReport, largest_operations
 from qwen_moe_jax.aot.traffic import traffic
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
+from qwen_moe_jax.engine.drafting import check_drafts
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.model.params import DtypePolicy
@@ -38,6 +40,7 @@ def make_deployment(
     batch: int,
     context: int,
     mean_context: int | None = None,
+    draft_tokens: int = 0,
     kernels: Any = "auto",
     hosts: int = 1,
     **choices: Any,
@@ -51,6 +54,7 @@ def make_deployment(
         batch: rows of the whole mesh.
         context: tokens that a row may hold.
         mean_context: tokens that rows hold on average, where their lengths differ; None means all they may.
+        draft_tokens: that multi-token prediction drafts for each row and step; 0 leaves it out.
         kernels: as of `make_kernels`.
         hosts: that the devices are divided among.
         **choices: attention, shared_expert, expert_dispatch and exact, as of `Layout`; a shared expert that
@@ -69,6 +73,7 @@ def make_deployment(
         )
     if mean_context is not None and not 1 <= mean_context <= context:
         raise InputError(f"mean_context is {mean_context}; expected 1 to the context's {context} tokens.")
+    check_drafts(draft_tokens)
     if choices.get("shared_expert") == "auto":
         choices["shared_expert"] = "outside" if choices.get("exact") else "sharded"
     count = data * expert * tensor
@@ -78,7 +83,8 @@ def make_deployment(
     mesh = make_mesh(data, expert, tensor, devices=devices)
     layout = Layout(config, mesh, ragged=True, **choices)
     policy = DtypePolicy(compute=_BFLOAT16, matrix=_BFLOAT16)
-    return Deployment(layout, policy, make_kernels(device.arch, kernels), batch, context, mean_context)
+    table = make_kernels(device.arch, kernels)
+    return Deployment(layout, policy, table, batch, context, mean_context, draft_tokens)
 
 
 def compile_deployment(
@@ -86,7 +92,7 @@ def compile_deployment(
     device: Device,
     *,
     model: str,
-    programs: Sequence[str] = PROGRAMS,
+    programs: Sequence[str] | None = None,
     save: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompileReport:
@@ -96,7 +102,7 @@ def compile_deployment(
         deployment: from `make_deployment`.
         device: it is for.
         model: its name, for the report.
-        programs: of `PROGRAMS`.
+        programs: of `PROGRAMS` or `VERIFY`; None for all that the deployment runs.
         save: folder for each program's optimised HLO (`<program>.hlo.txt`) and serialised executable
             (`<program>.executable`).
         progress: is told what is being done.
@@ -106,7 +112,9 @@ def compile_deployment(
             LDS than there is.
     """
     layout = deployment.layout
-    held = holding(layout, deployment.policy)
+    held = holding(layout, deployment.policy, drafter=bool(deployment.draft_tokens))
+    if programs is None:
+        programs = (*PROGRAMS, VERIFY) if deployment.draft_tokens else PROGRAMS
     rows = deployment.rows // layout.batch_multiple
     say = progress or (lambda text: None)
     reports = []
@@ -161,8 +169,13 @@ def _program_report(
     layout, policy = deployment.layout, deployment.policy
     tokens, rows = deployment.step_tokens(program), deployment.step_rows(program)
     context = deployment.step_context(program)
-    least = least_work(layout, policy, batch=rows, tokens=tokens, context=context)
-    exchanged = collective_bytes(layout, policy, batch=rows, tokens=tokens)
+    if program == VERIFY:
+        drafts = deployment.draft_tokens
+        least = verify_work(layout, policy, batch=rows, drafts=drafts, context=context)
+        exchanged = verify_collectives(layout, policy, batch=rows, drafts=drafts)
+    else:
+        least = least_work(layout, policy, batch=rows, tokens=tokens, context=context)
+        exchanged = collective_bytes(layout, policy, batch=rows, tokens=tokens)
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text()
     assert text is not None

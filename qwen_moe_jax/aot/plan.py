@@ -13,11 +13,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qwen_moe_jax.aot.drafting import DraftEstimate, draft_estimates
 from qwen_moe_jax.aot.minimum import Roofline, collective_bytes, least_work, roofline
 from qwen_moe_jax.checkpoint.inspect import size_in_words
 from qwen_moe_jax.checkpoint.layout import is_scale, parameter_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
+from qwen_moe_jax.engine.drafting import check_drafts
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
@@ -87,6 +89,7 @@ class Plan:
         too_large: the best that do not, those with the largest batch first, then those with the least over.
         considered: how many layouts there are.
         fit: how many of them fit.
+        drafts: of the best layout that fits, what 1, 2, ... drafts a row and step give; () without drafts.
     """
 
     parameters: int
@@ -99,12 +102,14 @@ class Plan:
     too_large: tuple[Option, ...]
     considered: int
     fit: int
+    drafts: tuple[DraftEstimate, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it; of the device its name."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         options = {name: [option.to_dict() for option in found[name]] for name in ("fitting", "too_large")}
-        return found | options | {"device": self.device.name}
+        drafts = [dataclasses.asdict(one) for one in self.drafts]
+        return found | options | {"device": self.device.name, "drafts": drafts}
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -128,6 +133,8 @@ class Plan:
                 "A step is of decode, with even routing. These are bounds: a real program takes longer, and "
                 "each collective takes its time to begin.",
             ]
+        if self.drafts:
+            lines += self._drafts()
         if self.too_large:
             lines += [
                 "do not fit:",
@@ -135,6 +142,25 @@ class Plan:
                 *(f"{_columns(option)}{size_in_words(option.over):>11}" for option in self.too_large),
             ]
         return "\n".join([*lines, self._memory()])
+
+    def _drafts(self) -> list[str]:
+        plain = self.fitting[0].roofline
+        rates = list(self.drafts[0].tokens_per_second)
+        lines = [
+            "With multi-token prediction, first layout; tokens/s by how often a draft holds behind one "
+            "that held (and over no drafts):",
+            f"{'drafts':>6}{'step':>12}" + "".join(f"{f'{rate:.0%}':>17}" for rate in rates),
+            f"{0:>6}{_milliseconds(plain.seconds):>12}{plain.tokens_per_second:>11,.0f}",
+        ]
+        for one in self.drafts:
+            lines.append(
+                f"{one.drafts:>6}{_milliseconds(one.roofline.seconds):>12}"
+                + "".join(
+                    f"{found:>11,.0f} {f'({found / plain.tokens_per_second:.2f})':>5}"
+                    for found in one.tokens_per_second.values()
+                )
+            )
+        return lines
 
     def _memory(self) -> str:
         said = (
@@ -179,6 +205,7 @@ def plan(
     context: int,
     dtype: str | None = None,
     shared_expert: str = "sharded",
+    draft_tokens: int = 0,
     top: int = 5,
 ) -> Plan:
     """The best layouts of a model on so many devices, for decoding a batch.
@@ -191,6 +218,7 @@ def plan(
         context: tokens of each row, with the one that a step gives; caches have room for exactly those.
         dtype: "bfloat16" or "float8", of the layers' matrices; None means as the configuration says.
         shared_expert: as of `Layout`. "sharded" reads and holds the least.
+        draft_tokens: with multi-token prediction of one layer, and estimates of 1 to so many drafts a step.
         top: how many layouts that fit, and how many that do not, are given.
 
     Raises:
@@ -206,8 +234,10 @@ def plan(
         raise InputError(
             f"context is {context}; expected at most the model's {config.max_position_embeddings} tokens."
         )
+    check_drafts(draft_tokens)
     config = dataclasses.replace(config, float8=dtype == "float8")
-    options = [_option(layout, device, batch, context) for layout in _layouts(config, count, shared_expert)]
+    layouts = list(_layouts(config, count, shared_expert))
+    options = [_option(layout, device, batch, context, drafter=bool(draft_tokens)) for layout in layouts]
     fitting = [option for option in options if option.fits]
     # sorting is stable, and simpler layouts come first
     fitting.sort(key=lambda option: (-option.roofline.tokens_per_second, -option.largest_batch))
@@ -215,6 +245,10 @@ def plan(
         (option for option in options if not option.fits),
         key=lambda option: (-option.largest_batch, option.over),
     )
+    drafts: tuple[DraftEstimate, ...] = ()
+    if fitting and draft_tokens:
+        best = next(one for one, option in zip(layouts, options, strict=True) if option is fitting[0])
+        drafts = draft_estimates(best, _POLICY, device, batch=batch, context=context - 1, most=draft_tokens)
     return Plan(
         parameters=sum(prod(shape) for name, shape in parameter_shapes(config).items() if not is_scale(name)),
         device=device,
@@ -226,6 +260,7 @@ def plan(
         too_large=tuple(too_large[:top]),
         considered=len(options),
         fit=len(fitting),
+        drafts=drafts,
     )
 
 
@@ -257,8 +292,8 @@ def _all_hold_some(layout: Layout, axis: str) -> bool:
     return max(section.starts) < section.units
 
 
-def _option(layout: Layout, device: Device, batch: int, context: int) -> Option:
-    held = holding(layout, _POLICY)
+def _option(layout: Layout, device: Device, batch: int, context: int, *, drafter: bool) -> Option:
+    held = holding(layout, _POLICY, drafter=drafter)
     weights = sum(held.weights.values())
     caches = -(-batch // layout.batch_multiple) * held.sequence(context)
     work = least_work(layout, _POLICY, batch=batch, tokens=1, context=context - 1)

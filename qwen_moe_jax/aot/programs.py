@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from qwen_moe_jax.config import FULL_ATTENTION
+from qwen_moe_jax.engine.drafting import Drafts, no_drafts
 from qwen_moe_jax.engine.plan import BORDERS
 from qwen_moe_jax.engine.rows import END_IDS, Entries, Layers, Roster, RowStates
 from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
@@ -17,11 +19,14 @@ from qwen_moe_jax.engine.shapes import chunk_length
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for, states_of
 from qwen_moe_jax.kernels.table import Kernels
+from qwen_moe_jax.model.mtp import MTP
 from qwen_moe_jax.model.params import DtypePolicy
-from qwen_moe_jax.parallel.forward import MeshForward
+from qwen_moe_jax.parallel.forward import MeshForward, layout_drafter
 from qwen_moe_jax.parallel.layout import Layout
 
 PROGRAMS = ("prefill", "decode")
+# Beside them where drafts are made.
+VERIFY = "verify"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Deployment:
         batch: rows of the whole mesh.
         context: tokens that a row may hold.
         mean_context: tokens that the rows hold on average, if not as many as they may: what a step reads.
+        draft_tokens: of multi-token prediction, for each row and step; 0 leaves it out.
     """
 
     layout: Layout
@@ -43,6 +49,7 @@ class Deployment:
     batch: int
     context: int
     mean_context: int | None = None
+    draft_tokens: int = 0
 
     @property
     def capacity(self) -> int:
@@ -56,12 +63,14 @@ class Deployment:
         return -(-self.batch // multiple) * multiple
 
     def step_rows(self, program: str) -> int:
-        """Rows that a program is about: decode of all of them, prefill of one on each data rank."""
-        return self.rows if program == "decode" else self.layout.batch_multiple
+        """Rows that a program is about: prefill of one on each data rank, the others of all of them."""
+        return self.layout.batch_multiple if program == "prefill" else self.rows
 
     def step_tokens(self, program: str) -> int:
         """New tokens a row."""
-        return 1 if program == "decode" else min(chunk_length(1, self.kernels), self.capacity)
+        if program == "prefill":
+            return min(chunk_length(1, self.kernels), self.capacity)
+        return 1 if program == "decode" else self.draft_tokens + 1
 
     def step_context(self, program: str) -> int:
         """Tokens a row before them, on average: those of a step that fills the row, or the mean of all."""
@@ -76,10 +85,14 @@ class Deployment:
         }
         keys = self.step_context(program) + self.step_tokens(program)
         kernels = dataclasses.replace(self.kernels, expected_keys=keys)
-        return Steps(MeshForward(self.layout, self.policy, kernels, structs))
+        head = None
+        if self.draft_tokens:
+            head, targets = layout_drafter(self.layout, 1, self.policy, kernels)
+            structs |= {MTP + name: target.struct for name, target in targets.items()}
+        return Steps(MeshForward(self.layout, self.policy, kernels, structs, head, self.draft_tokens))
 
     def lower(self, program: str) -> jax.stages.Lowered:
-        """One of `PROGRAMS`: a chunk of prompts into the pools, or greedy decoding."""
+        """One of `PROGRAMS`, a chunk of prompts into the pools, or greedy decoding, or `VERIFY`."""
         steps = self.steps(program)
         rows, width = self.step_rows(program), pages_for(self.context)
         if program == "prefill":
@@ -90,10 +103,18 @@ class Deployment:
                 length=self._given(jnp.int32, rows),
             )
             tokens = self._given(jnp.int32, rows, self.step_tokens(program))
-            return steps.lower_prefill(self.pools(), tokens, None, self._given(jnp.int32, rows), placed)
+            following = tokens if self.draft_tokens else None
+            counts = self._given(jnp.int32, rows)
+            return steps.lower_prefill(self.pools(), tokens, following, counts, placed)
         integers = self._given(jnp.int32, rows)
         truths = self._given(jnp.bool_, rows)
-        states = RowStates(token=integers, length=integers, emitted=integers, finished=truths, drafts=None)
+        states = RowStates(
+            token=integers,
+            length=integers,
+            emitted=integers,
+            finished=truths,
+            drafts=self._drafts(rows) if self.draft_tokens else None,
+        )
         sampling = SamplingParams.of([RowSampling()] * rows)
         roster = Roster(
             slots=integers,
@@ -106,19 +127,26 @@ class Deployment:
         entries = Entries(begins=truths, token=integers, length=integers, emitted=integers)
         tables = self._given(jnp.int32, rows, width)
         one_each = states_of(self._pools(self.layout.batch_multiple, self.layout.batch_multiple))
-        return steps.lower_decode(self.pools(), one_each, states, roster, entries, tables, integers)
+        pools = self.pools()
+        return steps.lower_decode(pools, one_each, states, roster, entries, tables, integers, only=program)
 
     def pools(self) -> Layers:
         """A slot and pages for every row."""
         return self._pools(self.rows * pages_for(self.context), self.rows)
 
+    def _drafts(self, rows: int) -> Drafts:
+        return jax.tree.map(
+            lambda x: self._given(x.dtype, *x.shape), no_drafts(rows, self.draft_tokens, worth=0.0)
+        )
+
     def _pools(self, pages: int, slots: int) -> Layers:
         held, compute = self.policy.matrix, self.policy.compute
-        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, slots, held, compute))
+        kinds = self.layout.config.layer_types + (FULL_ATTENTION,) * bool(self.draft_tokens)
+        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, slots, held, compute, kinds))
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.sharding(spec)),
             layers,
-            self.layout.cache_specs().layers,
+            self.layout.cache_specs(kinds).layers,
         )
 
     def _given(self, dtype: Any, *shape: int) -> Any:

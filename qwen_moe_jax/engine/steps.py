@@ -30,9 +30,10 @@ class Steps:
         self.forward = forward
         jit = partial(jax.jit, compiler_options=forward.kernels.compiler_options)
         self._prefill = jit(partial(_prefill, forward), donate_argnames="layers")
-        self._decode = jit(
-            partial(decode, forward), donate_argnames=("layers", "snapshots", "states", "seen")
+        self._decode_only = lambda only: jit(
+            partial(decode, forward, only=only), donate_argnames=("layers", "snapshots", "states", "seen")
         )
+        self._decode = self._decode_only(None)
         self._move = jit(forward.move_states, donate_argnums=0)
         self._remember = jit(partial(_remember, forward), donate_argnames="seen")
 
@@ -157,9 +158,11 @@ class Steps:
         entries: Entries,
         tables: Any,
         capacity: Any,
+        only: str | None = None,
     ) -> jax.stages.Lowered:
-        """The program of `decode` for greedy rows, of arguments without values."""
-        return self._decode.lower(
+        """The program of `decode` for greedy rows, of arguments without values; `only` its passes over one
+        token ("decode") or those that verify drafts ("verify")."""
+        return self._decode_only(only).lower(
             self.forward.parameters,
             layers=layers,
             snapshots=snapshots,

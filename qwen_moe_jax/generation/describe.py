@@ -1,11 +1,14 @@
 """A loaded model in words."""
 
 import dataclasses
+from math import prod
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
+from qwen_moe_jax.checkpoint.layout import is_scale
+from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.kernels.table import Kernels
@@ -26,6 +29,7 @@ class ModelDescription:
         compute: the dtype it computes in.
         held: the dtype matrices, keys and values are held in.
         memory: of one device.
+        draft_tokens: that multi-token prediction drafts at most for a step; 0 where it does not.
     """
 
     checkpoint: CheckpointSummary
@@ -33,6 +37,7 @@ class ModelDescription:
     compute: str
     held: str
     memory: DeviceMemory
+    draft_tokens: int = 0
 
     def __str__(self) -> str:
         return "\n".join(
@@ -42,9 +47,19 @@ class ModelDescription:
                 f"on {self.kernels.target:<16}computes in {self.compute}; "
                 f"matrices, keys and values held in {self.held}",
                 *self.kernels.lines(self.compute),
+                *self._drafts(),
                 str(self.memory),
             ]
         )
+
+    def _drafts(self) -> list[str]:
+        if not self.draft_tokens:
+            return []
+        count = sum(prod(s) for n, s in mtp_shapes(self.checkpoint.config, 1).items() if not is_scale(n))
+        return [
+            f"drafts             {self.draft_tokens} tokens a step at most, by multi-token prediction of "
+            f"{count:,} parameters"
+        ]
 
     def __repr__(self) -> str:
         return str(self)
@@ -59,6 +74,7 @@ def describe_model(
     *,
     context: int | None = None,
     device: str | None = None,
+    draft_tokens: int = 0,
 ) -> ModelDescription:
     """Describes a model as loaded: nothing is measured, its sizes follow from configuration and layout.
 
@@ -76,5 +92,11 @@ def describe_model(
         kernels=kernels,
         compute=compute.name,
         held=held,
-        memory=layout_memory(layout, {held: holding(layout, policy)}, summary.context, found),
+        memory=layout_memory(
+            layout,
+            {held: holding(layout, policy, drafter=bool(draft_tokens))},
+            summary.context,
+            found,
+        ),
+        draft_tokens=draft_tokens,
     )

@@ -52,6 +52,7 @@ class MeshForward:
         self.layout = layout
         self.drafter = drafter
         self.draft_tokens = draft_tokens
+        self.exact = layout.exact
         self._drafter_kinds = (FULL_ATTENTION,) * (drafter is not None)
         self.kernels = kernels
         self.parameters = parameters
@@ -64,11 +65,9 @@ class MeshForward:
         self._makers: dict[tuple[Any, ...], Any] = {}
         self.devices = [d for d in _mesh_devices(layout) if d.process_index == jax.process_index()]
         self.memory_as_used = False
-        held = holding(layout, dataclasses.replace(policy, matrix=held_dtype(policy.compute, kernels)))
+        held_policy = dataclasses.replace(policy, matrix=held_dtype(policy.compute, kernels))
+        held = holding(layout, held_policy, drafter=drafter is not None)
         self.page_bytes, self.state_bytes = held.kv_per_token * PAGE, held.state
-        attention = layout.config.layer_types.count(FULL_ATTENTION)
-        if drafter is not None and attention:
-            self.page_bytes += self.page_bytes // attention
         self._conv_dtype = policy.compute
         self._kv_dtype = held_dtype(policy.compute, kernels)
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.checkpoint.parts import mtp_shapes
+from qwen_moe_jax.checkpoint.targets import Target
+from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.devices import Device
-from qwen_moe_jax.formats.cache import PAGE, KVCache
+from qwen_moe_jax.formats.cache import PAGE, KVCache, pages_for
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh
@@ -36,8 +38,8 @@ class Holding:
     state: int
 
     def sequence(self, tokens: int) -> int:
-        """Bytes of the caches of a row with room for so many tokens."""
-        return tokens * self.kv_per_token + self.state
+        """Bytes of the caches of a row with room for so many tokens, in whole pages."""
+        return pages_for(tokens) * PAGE * self.kv_per_token + self.state
 
     def free(self, device: Device) -> int:
         """What the weights leave of the usable memory; negative where they do not fit."""
@@ -52,7 +54,7 @@ class Holding:
         room = self.free(device) - self.state
         if room < 0:
             return 0
-        return min(limit, room // self.kv_per_token) if self.kv_per_token else limit
+        return min(limit, room // (PAGE * self.kv_per_token) * PAGE) if self.kv_per_token else limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,15 +159,25 @@ def layout_memory(
     )
 
 
-def holding(layout: Layout, policy: DtypePolicy) -> Holding:
-    """Bytes of a device, where keys and values have the dtype of matrices; nothing is allocated."""
-    structs = {name: target.struct for name, target in layout.targets(policy).items()}
-    weights = {name: prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for name, s in structs.items()}
+def holding(layout: Layout, policy: DtypePolicy, *, drafter: bool = False) -> Holding:
+    """Bytes of a device, where keys and values have the dtype of matrices; nothing is allocated.
+
+    Args:
+        layout: of the model.
+        policy: dtypes.
+        drafter: with multi-token prediction of one layer.
+    """
+    weights = by_component(_shard_bytes(layout.targets(policy)))
+    kinds = layout.config.layer_types
+    if drafter:
+        targets = layout.part_targets(mtp_shapes(layout.config, 1), policy)[0]
+        weights["multi-token prediction"] = sum(_shard_bytes(targets).values())
+        kinds += (FULL_ATTENTION,)
     # a page and a slot a device
     ranks = layout.batch_multiple
-    layers = jax.eval_shape(lambda: layout.empty_layers(ranks, ranks, policy.matrix, policy.compute))
+    layers = jax.eval_shape(lambda: layout.empty_layers(ranks, ranks, policy.matrix, policy.compute, kinds))
     kv, state = 0, 0
-    for layer, specs in zip(layers, layout.cache_specs().layers, strict=True):
+    for layer, specs in zip(layers, layout.cache_specs(kinds).layers, strict=True):
         local = jax.tree.map(
             lambda array, spec: prod(layout.sharding(spec).shard_shape(array.shape)) * array.dtype.itemsize,
             layer,
@@ -175,4 +187,10 @@ def holding(layout: Layout, policy: DtypePolicy) -> Holding:
             kv += sum(jax.tree.leaves(local))
         else:
             state += sum(jax.tree.leaves(local))
-    return Holding(weights=by_component(weights), kv_per_token=kv // PAGE, state=state)
+    return Holding(weights=weights, kv_per_token=kv // PAGE, state=state)
+
+
+def _shard_bytes(targets: Mapping[str, Target]) -> dict[str, int]:
+    """Name -> bytes of a device."""
+    structs = {name: target.struct for name, target in targets.items()}
+    return {name: prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for name, s in structs.items()}

@@ -22,8 +22,9 @@ from support.rocm import rocm  # noqa: F401
 
 from qwen_moe_jax.aot import toolchain
 from qwen_moe_jax.aot.compile import compile_deployment, compile_lowered, make_deployment
+from qwen_moe_jax.aot.drafting import verify_collectives
 from qwen_moe_jax.aot.hlo import Instruction, Module
-from qwen_moe_jax.aot.programs import PROGRAMS, Deployment
+from qwen_moe_jax.aot.programs import PROGRAMS, VERIFY, Deployment
 from qwen_moe_jax.aot.report import CompileReport, ProgramReport
 from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qwen_moe_jax.configs import released_config
@@ -386,3 +387,22 @@ def test_an_ordinary_run_beside_it_is_not_disturbed(tmp_path):
     assert jax.default_backend() == "cpu"
     assert float(jnp.ones(3).sum()) == 3
     assert jax.config.values["jax_enable_compilation_cache"]
+
+
+@pytest.mark.parametrize("device", TARGETS)
+def test_a_step_that_verifies_drafts_moves_little_more_than_the_least_and_sums_what_is_planned(
+    device, tmp_path_factory
+) -> None:
+    folder = tmp_path_factory.mktemp("verify")
+    deployment, report, program, _ = compiled(device, VERIFY, folder, draft_tokens=3)
+    assert program.tokens == 4
+    assert program.traffic_ratio < LARGEST_TRAFFIC
+    assert report.weights["multi-token prediction"] > 0
+    layout, policy = deployment.layout, deployment.policy
+    planned: Counter[str] = Counter()
+    for one in verify_collectives(layout, policy, batch=BATCH, drafts=3):
+        planned[one.operation] += one.count
+    found: Counter[str] = Counter()
+    for one in program.collectives:
+        found[one.kind] += round(one.count)
+    assert found == planned

@@ -220,3 +220,25 @@ def test_the_397b_is_served_by_eight_mi355x_in_either_dtype_and_by_two_not_in_bf
     for count, dtype, fits in ((4, "bfloat16", True), (2, "bfloat16", False), (2, "float8", True)):
         found = plan(config, find_device("mi355x"), count, batch=4, context=4096, dtype=dtype, top=1)
         assert bool(found.fitting) == fits
+
+
+def test_drafts_are_planned_with_the_bytes_of_their_layer_and_by_how_often_they_hold() -> None:
+    plain, drafting = everything(), everything(draft_tokens=3)
+    best = drafting.fitting[0]
+    same = next(o for o in plain.fitting if sizes(o) == sizes(best) and o.attention == best.attention)
+    report = memory(best, SMALL, device(16.0), 8192).holdings["bfloat16"]
+    assert sum(report.weights.values()) == same.weights < best.weights
+    assert [one.drafts for one in drafting.drafts] == [1, 2, 3]
+    assert not plain.drafts
+    for one in drafting.drafts:
+        seconds = one.roofline.seconds
+        assert seconds > same.roofline.seconds
+        for rate, found in one.tokens_per_second.items():
+            # one by one: the first draft holds, and then the second, ...
+            wanted = 1 + sum(rate ** (i + 1) for i in range(one.drafts))
+            assert found == pytest.approx(64 * wanted / seconds)
+    text = str(drafting)
+    assert "how often a draft holds" in text
+    assert json.loads(drafting.to_json())["drafts"][2]["drafts"] == 3
+    with pytest.raises(InputError, match="draft_tokens is 9; expected 0 to 8"):
+        everything(draft_tokens=9)
