@@ -31,3 +31,7 @@ class EngineError(QwenMoeError, RuntimeError):
 
 class ToolchainError(QwenMoeError, RuntimeError):
     """The compiler for AMD GPUs cannot be fetched, made ready or loaded on this machine."""
+
+
+class MissingExtraError(QwenMoeError, ImportError):
+    """Something was asked for that a package does which is not installed."""

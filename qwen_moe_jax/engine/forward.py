@@ -21,9 +21,10 @@ from qwen_moe_jax.formats.cache import (
 )
 from qwen_moe_jax.kernels.cpu.calls import native_reserve
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.decoder import Decoder, named_parameters, with_parameters
+from qwen_moe_jax.model.decoder import Decoder, named_parameters, run_tapped, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.mtp import MTP, MtpHead, drafter_keys, run_drafter
+from qwen_moe_jax.model.taps import Edit
 
 Parameters = Mapping[str, jax.Array]
 
@@ -61,7 +62,36 @@ class Forward(Protocol):
     def hidden(
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
     ) -> tuple[jax.Array, HybridCache]:
-        """As `Decoder.__call__`."""
+        """As `Decoder.__call__`, with the model's edits."""
+        ...
+
+    def observe(
+        self,
+        parameters: Parameters,
+        tokens: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+        at: jax.Array,
+        wanted: frozenset[str],
+    ) -> tuple[jax.Array, HybridCache, dict[str, Any]]:
+        """As `hidden`, with the values of some points.
+
+        Args:
+            parameters, tokens, valid, cache: as there.
+            at: int32 [batch, n], places among these tokens behind which recurrent states are captured.
+            wanted: points of `model/points.py`.
+
+        Returns:
+            (hidden states; the cache; point -> value).
+        """
+        ...
+
+    def edited(self, edits: Mapping[str, Edit]) -> "Forward":
+        """The same model, with the values of some points replaced in every pass, and without drafts.
+
+        Raises:
+            InputError: a point that cannot be replaced where the model lies on a mesh.
+        """
         ...
 
     def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
@@ -135,6 +165,10 @@ class Forward(Protocol):
         a row or slot; what it gives has that, too. Scalars are the same for all ranks."""
         ...
 
+    def by_pool(self, function: Callable[..., Any], layers: tuple[LayerCache, ...], *trees: Any) -> Any:
+        """A function that gives pools, of the pools and arrays with an entry a row, on each data rank."""
+        ...
+
     def everywhere(self, tree: Any) -> Any:
         """The same arrays, whole on every device, so that any process can read them."""
         ...
@@ -151,7 +185,9 @@ class OneDeviceForward:
         draft_tokens: int = 0,
         *,
         exact: bool = False,
+        edits: Mapping[str, Edit] | None = None,
     ):
+        self._edits = dict(edits or {})
         self.decoder = decoder
         self.drafter = drafter
         self.draft_tokens = draft_tokens
@@ -173,7 +209,23 @@ class OneDeviceForward:
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
     ) -> tuple[jax.Array, HybridCache]:
         """As `Decoder.__call__`."""
-        return with_parameters(self.decoder, parameters)(tokens, valid, cache)
+        return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits)[:2]
+
+    def observe(
+        self,
+        parameters: Parameters,
+        tokens: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+        at: jax.Array,
+        wanted: frozenset[str],
+    ) -> tuple[jax.Array, HybridCache, dict[str, Any]]:
+        """As of the protocol."""
+        return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits, wanted, at)
+
+    def edited(self, edits: Mapping[str, Edit]) -> "OneDeviceForward":
+        """As of the protocol."""
+        return OneDeviceForward(self.decoder, self.kernels, edits=edits)
 
     def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
         """As `Decoder.logits`."""
@@ -245,6 +297,10 @@ class OneDeviceForward:
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
         """All rows lie here."""
         return function(*trees)
+
+    def by_pool(self, function: Callable[..., Any], layers: tuple[LayerCache, ...], *trees: Any) -> Any:
+        """All pools lie here."""
+        return function(layers, *trees)
 
     def everywhere(self, tree: Any) -> Any:
         """What lies on one device is whole there."""

@@ -1,518 +1,206 @@
-"""`QwenMoe`: a checkpoint, ready to compute logits and generate text."""
+"""`QwenMoe`: a checkpoint, ready to compute logits, generate text, be looked into and score."""
 
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from qwen_moe_jax.checkpoint.layout import parameter_shapes
-from qwen_moe_jax.checkpoint.orbax import save_orbax
-from qwen_moe_jax.checkpoint.parts import holds_part, mtp_shapes, part_keys, read_part
-from qwen_moe_jax.checkpoint.writer import write_safetensors
-from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.engine.core import Core
-from qwen_moe_jax.engine.drafting import check_drafts, default_drafts
-from qwen_moe_jax.engine.logits import SequenceLogits
-from qwen_moe_jax.engine.pools import pool_sizes
-from qwen_moe_jax.engine.steps import Steps
+from qwen_moe_jax.engine.shapes import cache_capacity
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.generation.batching import PromptBatch, to_rows
-from qwen_moe_jax.generation.chat import ChatTemplate
-from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
-from qwen_moe_jax.generation.describe import ModelDescription, describe_model
-from qwen_moe_jax.generation.engine import Asked, Engine
-from qwen_moe_jax.generation.loading import (
-    Loaded,
-    compute_dtype,
-    load_forward,
-    resolve_folder,
-    with_stored_scales,
-)
-from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.parts import load_mtp
-from qwen_moe_jax.generation.requests import Request
-from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
-from qwen_moe_jax.generation.tokenizer import Tokenizer
-from qwen_moe_jax.kernels.table import Kernels, make_kernels
-from qwen_moe_jax.kernels.target import current_target
-from qwen_moe_jax.model.decoder import Decoder
-from qwen_moe_jax.model.mtp import MTP, MtpHead
-from qwen_moe_jax.parallel.choose import choose_layout
-from qwen_moe_jax.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    from qwen_moe_jax.layout_check import LayoutReport
-
-# Rows that are computed together at most where nobody says how many.
-MAX_ROWS = 64
+from qwen_moe_jax.experiments.runs import Run
+from qwen_moe_jax.formats.cache import empty_cache
+from qwen_moe_jax.generation.generator import Generator, template_options
+from qwen_moe_jax.generation.loading import whole_decoder
+from qwen_moe_jax.generation.scores import Score, pairs_of, rolling_windows
+from qwen_moe_jax.kernels.table import make_kernels
+from qwen_moe_jax.model.decoder import with_parameters
+from qwen_moe_jax.model.mtp import MTP
 
 
-class QwenMoe:
+class QwenMoe(Generator):
     """A Qwen3.5 MoE text model with its tokenizer.
 
-    Attributes:
-        config: the model's sizes and options, one field for each value of config.json that matters.
-        tokenizer: the checkpoint's own, or None.
-        chat_template: the checkpoint's own, or None.
-        dtype: the compute dtype.
-        folder: where it was loaded from.
-        skipped: families of tensors in the checkpoint that text generation does not use, with their
-            number (the vision tower, multi-token prediction); the model does not hold them, and `load_part`
-            reads them.
-        layout: how it lies on its mesh, with the shared expert's mode that "auto" picked; None on one device.
-        kernels: the table of implementations, with what was asked for.
-        read_bytes: bytes of weights that this process read from files.
-        sequence_logits: the compiled forward that `logits` uses.
-        draft_tokens: that multi-token prediction drafts at most for a step; 0 where it does not.
+    Attributes: as of `LoadedModel`.
     """
 
-    def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None, kernels: Kernels):
-        decoder = loaded.forward.decoder
-        self.config: ModelConfig = decoder.config
-        self.dtype: jnp.dtype = decoder.dtypes.compute
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.chat_template = ChatTemplate.from_folder(folder)
-        self.folder = folder
-        self.skipped = loaded.skipped
-        self.layout = layout
-        self.kernels = kernels
-        self.read_bytes = loaded.read_bytes
-        self.sequence_logits = SequenceLogits(loaded.forward)
-        self.draft_tokens = loaded.forward.draft_tokens
-        self._steps = Steps(loaded.forward)
-        self._engine: Engine | None = None
-        self._decoder = decoder
-        self._parameters = loaded.forward.parameters
-        self._eos_ids = loaded.eos_token_ids
-        if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
-            self._eos_ids = (self.tokenizer.eos_token_id,)
+    def points(self) -> dict[str, str]:
+        """Where values can be captured and replaced: name -> what it is, with its axes."""
+        return {
+            name: f"{point.what} ({', '.join(point.axes)})" for name, point in self._laboratory.points.items()
+        }
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
+    def run(
+        self,
+        prompt: Any,
+        capture: str | Iterable[str] = (),
+        edit: Mapping[str, Any] | None = None,
         *,
-        dtype: Any = "auto",
-        mesh: Mesh | None = None,
-        shared_expert: str = "auto",
-        expert_dispatch: str = "psum",
-        exact: bool = False,
-        attention: str = "tensor",
-        draft_tokens: int | str = "auto",
-        kernels: str | Mapping[str, str] = "auto",
-        progress: bool = False,
-        compilation_cache: str | Path | None = "auto",
-    ) -> "QwenMoe":
-        """Loads a checkpoint onto the default device or a mesh.
+        attention_mask: Any = None,
+        enable_thinking: bool | None = None,
+        states_at: Sequence[int] = (-1,),
+        **options: Any,
+    ) -> Run:
+        """Runs whole texts once, and gives the values of the points that are asked for.
+
+        Points that are not asked for are not part of the compiled program.
 
         Args:
-            path: a local folder in Hugging Face or Orbax layout, or a hub id where huggingface_hub is
-                installed and can reach it.
-            dtype: jnp.float32, jnp.bfloat16, or "auto" for the checkpoint's own. On a CPU without the C++
-                kernels large matrices are held in float32 either way (see `model/linear.py`); the results are
-                the dtype's.
-            mesh: from `make_mesh`; None means the default device.
-            shared_expert: how the shared expert is divided: "prescaled", "outside", "sharded", "fused" (see
-                `parallel/expert_dispatch.py`), or "auto", which measures them on this mesh and takes the
-                fastest; `model.layout.shared_expert` says which.
-            expert_dispatch: "psum" (every rank of the expert axis sees every token) or "all_to_all" (tokens
-                are sent to the ranks of their experts).
-            exact: logits equal bit by bit for every size of the expert axis, at the price that attention is
-                not divided along it and that the experts' sum moves top_k times the bytes. Drafts are then
-                verified token by token: the text is the same without exception, and comes no sooner.
-            attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
-                and vocabulary) or "data" (other rows of the batch).
-            draft_tokens: how many tokens multi-token prediction drafts at most for a step, in each row as
-                long as its drafts hold; 0 leaves it out, "auto" is 0 on a CPU and 3 elsewhere, where the
-                checkpoint holds it (`engine/drafting.py`). The text is the same with any number, but where
-                two tokens are equally likely within rounding.
-            kernels: which implementation of each operation runs: "auto" for the table of `kernels/table.py`,
-                "xla" for no kernel of this library's own, or operation -> implementation, such as
-                {"experts": "grouped"}; `describe()` says which run.
-            progress: shows a bar on stderr.
-            compilation_cache: where compiled programs are kept for the next process: "auto" (a folder in
-                the user's cache), a folder, or None to keep none.
+            prompt: as of `generate`.
+            capture: names of `points()`, or patterns such as "layers.*.router".
+            edit: name or pattern -> function that replaces the value, given it as a jax array [batch, seq,
+                ...] and, if it takes two arguments, `model.taps.Tokens`; `qwen_moe_jax.experiments` has
+                some. A function is traced, so an equal run should be given the same function object.
+            attention_mask, enable_thinking: as of `generate`.
+            states_at: positions behind which "state" is captured; negative ones count from a row's end.
+            **options: with `max_new_tokens`, fields of `GenerationConfig`: the texts are continued first,
+                with the edits, and then run with their continuations, which gives each step's values.
 
         Raises:
-            CheckpointNotFoundError: no such folder, or a file in it is missing.
-            CheckpointError: the checkpoint is damaged or does not fit its configuration.
-            ConfigError: config.json asks for something that is not implemented.
-            InputError: another dtype, or a layout that does not exist.
+            InputError: as of `generate`; a name that is none; attention weights that are too many.
         """
-        folder = resolve_folder(path)
-        config = ModelConfig.from_file(folder)
-        enable_compilation_cache(compilation_cache)
-        table = make_kernels(current_target(), kernels)
-        compute = compute_dtype(dtype, folder, config)
-        layout = choose_layout(
-            config,
-            mesh,
-            compute=compute,
-            kernels=table,
-            shared_expert=shared_expert,
-            expert_dispatch=expert_dispatch,
-            exact=exact,
-            attention=attention,
-        )
-        drafts = _drafts_of(draft_tokens, folder, table, exact=exact)
-        loaded = load_forward(folder, config, compute, table, progress, layout, drafts, exact=exact)
-        return cls(loaded, folder, layout, table)
+        wanted = self._laboratory.chosen(capture)
+        batch = self._rows(prompt, attention_mask, template_options(enable_thinking))
+        rows = list(batch.rows)
+        if options:
+            if "max_new_tokens" not in options:
+                raise InputError(
+                    f"run was given {', '.join(options)} without max_new_tokens; give it to continue "
+                    f"the texts."
+                )
+            out = self.generate([row.tolist() for row in rows], edit=edit, **options)
+            many = len(out.sequences) // len(rows)
+            rows = [
+                np.asarray([*row, *out.sequences[i * many + j]], np.int32)
+                for i, row in enumerate(rows)
+                for j in range(many)
+            ]
+            lengths = [len(row) for row in batch.rows for _ in range(many)]
+        else:
+            lengths = [len(row) for row in rows]
+        self._check_length(dataclasses.replace(batch, rows=rows), 0)
+        texts = None
+        if self.tokenizer is not None:
+            texts = [
+                [self.tokenizer.decode([token], skip_special_tokens=False) for token in row.tolist()]
+                for row in rows
+            ]
+        return self._laboratory.run(rows, lengths, wanted, edit, list(states_at), texts)
 
     @property
-    def decoder(self) -> Decoder:
-        """The text model as a module that holds its parameters; `load_part("mtp")` takes its outputs.
+    def parameters(self) -> dict[str, jax.Array]:
+        """The text model's parameters, canonical name -> array, as `apply` takes them.
 
         Raises:
-            InputError: the model lies on a mesh, where no module holds all of it.
+            InputError: the model lies on a mesh.
         """
         if self.layout is not None:
-            raise InputError(
-                "the model lies on a mesh, where no module holds all of it; load it without mesh."
-            )
-        return self._decoder
+            raise InputError("the model lies on a mesh, whose arrays are parts; load it without mesh.")
+        return {name: value for name, value in self._parameters.items() if not name.startswith(MTP)}
 
-    def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
-        """Next-token logits of every position.
+    def apply(self, parameters: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
+        """Logits as a pure function: it can be given to jax.jit, jax.grad and jax.vmap.
+
+        It runs plain XLA forms only, which have gradients: experts one after the other on all tokens, and
+        attention with all its scores in memory.
 
         Args:
-            input_ids: integer array [batch, seq], or lists of token ids (ragged rows count as
-                right-padded).
-            attention_mask: 0/1 like input_ids; pads may stand left or right of a row's tokens.
+            parameters: as of `parameters`, or with other values.
+            ids: int32 [batch, seq].
 
         Returns:
-            float32 [batch, seq, vocab]; zeros at masked positions.
+            float32 [batch, seq, vocab].
 
         Raises:
-            InputError: as for `generate`.
+            InputError: the model lies on a mesh.
         """
-        if isinstance(input_ids, str) or (
-            isinstance(input_ids, list) and input_ids and isinstance(input_ids[0], str)
-        ):
-            raise InputError("logits takes token ids; encode text with model.tokenizer.encode first.")
-        batch = self._rows(input_ids, attention_mask, {})
-        self._check_length(batch, 0)
-        out = np.zeros((len(batch.rows), batch.width, self.config.vocab_size), np.float32)
-        for start, chunk in self.sequence_logits.chunks(batch.rows):
-            for index, (row, offset) in enumerate(zip(batch.rows, batch.offsets, strict=True)):
-                count = min(len(row) - start, chunk.shape[1])
-                if count > 0:
-                    out[index, offset + start : offset + start + count] = chunk[index, :count]
-        return jnp.asarray(out)
+        return _applied(self, parameters, ids)
 
-    def generate(
+    def score(
         self,
-        prompt: Any,
-        generation_config: GenerationConfig | None = None,
+        contexts: Any,
+        continuations: Any,
         *,
-        attention_mask: Any = None,
-        enable_thinking: bool | None = None,
-        **options: Any,
-    ) -> GenerationOutput:
-        """Continues prompts, all of them together, through an engine that the model keeps (see `engine`).
+        top_logprobs: int = 0,
+        edit: Mapping[str, Any] | None = None,
+    ) -> list[Score]:
+        """Log-probabilities of continuations after contexts. Equal contexts are computed once.
 
         Args:
-            prompt: a text, several texts, chat messages, several chats, an integer array [batch, seq],
-                or lists of token ids.
-            generation_config: how; see `GenerationConfig`.
-            attention_mask: 0/1 like an array prompt; pads may stand left or right of a row's tokens.
-            enable_thinking: handed to the chat template (chats only).
-            **options: fields of `GenerationConfig`; they override `generation_config`.
+            contexts: texts or lists of token ids, or a single one for all continuations. Of an empty text the
+                first token is scored behind the end-of-text token.
+            continuations: as many; of texts, a context's trailing spaces belong to the continuation, and what
+                is scored are the tokens of both together behind those of the context (as lm-eval).
+            top_logprobs: how many of the likeliest tokens to name in each place.
+            edit: as of `run`.
 
         Raises:
-            InputError: an empty or malformed prompt, ids outside the vocabulary, a prompt that leaves no
-                room in the context, an unknown or contradictory option.
+            InputError: different numbers of both, an empty continuation, ids outside the vocabulary, or a
+                text longer than the context that the model has.
         """
-        config = self._options(generation_config, options)
-        batch = self._rows(prompt, attention_mask, _template_options(enable_thinking))
-        began = time.perf_counter()
-        requests = self._own_engine().start(self._asked(batch, config))
-        try:
-            found = [request.result() for request in requests]
-        finally:  # an error, or Ctrl-C: nothing goes on behind it
-            for request in requests:
-                request.cancel()
-        return _together(requests, found, began)
-
-    def stream(
-        self,
-        prompt: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        attention_mask: Any = None,
-        enable_thinking: bool | None = None,
-        **options: Any,
-    ) -> Iterator[Piece]:
-        """Continues one prompt, yielding a piece for each token as it is decided.
-
-        The pieces' texts add up to the text that `generate` returns. Arguments and errors are
-        `generate`'s; errors come with the call, not with the first piece.
-        """
-        config = self._options(generation_config, options)
-        batch = self._rows(prompt, attention_mask, _template_options(enable_thinking))
-        if len(batch.rows) != 1 or config.num_return_sequences != 1:
-            raise InputError(
-                f"stream takes one prompt and one sequence, and was given {len(batch.rows)} prompts with "
-                f"num_return_sequences {config.num_return_sequences}; use generate."
-            )
-        if self.tokenizer is None:
-            raise InputError("stream yields text, but this checkpoint has no tokenizer.json; use generate.")
-        request = self._own_engine().start(self._asked(batch, config), one_by_one=True)[0]
-        return _pieces(request)
-
-    def engine(
-        self, max_rows: int = MAX_ROWS, memory: int | None = None, *, prefix_cache: bool = True
-    ) -> Engine:
-        """An engine of its own pools, for many requests at once; use it with `with`.
-
-        Args:
-            max_rows: sequences that are computed together at most.
-            memory: bytes of each device for pages and states; None for what it has left. On a CPU with the
-                C++ kernels they take memory only as they are written.
-            prefix_cache: find the beginnings of prompts that were computed before, and keep them.
-
-        Raises:
-            InputError: not a positive number of rows or bytes, or memory that does not hold the states of so
-                many rows.
-        """
-        for name, value in (("max_rows", max_rows), ("memory", memory)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}; expected a positive integer.")
-        forward, context = self._steps.forward, self.config.max_position_embeddings
-        sizes = pool_sizes(
-            forward, max_rows=max_rows, memory=memory, prefix_cache=prefix_cache, context=context
-        )
-
-        def make() -> Core:
-            return Core(forward, self._steps, sizes, context=context, prefix_cache=prefix_cache)
-
-        return Engine(self, make)
-
-    def _own_engine(self) -> Engine:
-        """The one of `generate` and `stream`, made when it is first needed."""
-        if self._engine is None:
-            self._engine = self.engine()
-        return self._engine
-
-    @overload
-    def load_part(self, name: Literal["mtp"], *, progress: bool = False) -> MtpHead: ...
-    @overload
-    def load_part(self, name: Literal["visual"], *, progress: bool = False) -> dict[str, jax.Array]: ...
-    def load_part(self, name: str, *, progress: bool = False) -> MtpHead | dict[str, jax.Array]:
-        """Reads a part of the checkpoint that text generation does not use, onto the default device.
-
-        The model stays as it is: neither `generate` nor saving uses the part, and `skipped` goes on
-        naming it.
-
-        Args:
-            name: "mtp" for multi-token prediction, "visual" for the vision tower.
-            progress: shows a bar on stderr.
-
-        Returns:
-            For "mtp" an `MtpHead` that computes in the model's dtype, to be called with what `decoder` gives.
-            For "visual" the tower's parameters, canonical name -> array, matrices in the model's dtype and
-            the rest in float32: its forward is no part of text generation and is not implemented.
-
-        Raises:
-            CheckpointError: the checkpoint does not hold the part, or it is damaged or does not fit.
-            ConfigError: config.json does not describe the part, or something that is not implemented.
-            InputError: no such part, or multi-token prediction of a model that lies on a mesh.
-        """
-        part_keys(name)  # refuses other names
-        if name == "visual":
-            return read_part(self.folder, name, dtype=self.dtype, progress=progress)[0]
-        if self.layout is not None:
-            raise InputError(
-                "the model lies on a mesh, but multi-token prediction is implemented on one device only; "
-                "load the model without mesh."
-            )
-        return load_mtp(self.folder, self.config, self.dtype, self.kernels, progress=progress)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes the Hugging Face layout, which transformers loads, with tokenizer and chat template, and
-        with multi-token prediction where the model drafts."""
-        text, mtp = self._stored()
-        write_safetensors(
-            path, text, self.config, dtype=self.dtype, extra_files_from=self.folder, mtp=mtp or None
-        )
-
-    def save_orbax(self, path: str | Path) -> None:
-        """Writes the Orbax layout, which `from_pretrained` loads, with tokenizer and chat template, and with
-        multi-token prediction where the model drafts."""
-        text, mtp = self._stored()
-        save_orbax(path, text, self.config, dtype=self.dtype, extra_files_from=self.folder, mtp=mtp or None)
-
-    def describe(self, *, context: int | None = None, device: str | None = None) -> ModelDescription:
-        """What the model is, how it lies on its devices, and the memory it takes there.
-
-        Args:
-            context: tokens of a sequence, for the sizes of caches; None means the model's longest.
-            device: "mi300x", "mi325x", "mi355x" or "h100": also say what fits on such.
-
-        Raises:
-            InputError: another device, or a context that is no positive number.
-        """
-        return describe_model(
-            self.folder,
-            self.config,
-            self.dtype,
-            self.layout,
-            self.kernels,
-            context=context,
-            device=device,
-            draft_tokens=self.draft_tokens,
-        )
-
-    def _stored(self) -> tuple[Any, Any]:
-        """The parameters as a checkpoint has them: the text model's, and those of multi-token prediction."""
-        found = []
-        for own, shapes in (
-            (False, parameter_shapes(self.config)),
-            (True, mtp_shapes(self.config, 1)),
-        ):
-            held = {
-                name.removeprefix(MTP): value
-                for name, value in self._parameters.items()
-                if name.startswith(MTP) == own
-            }
-            if held and self.layout is not None:
-                held = self.layout.stored(held, shapes)
-            elif held and self.config.float8:
-                held = with_stored_scales(shapes, held)
-            found.append(held)
-        return found[0], found[1]
-
-    def check_layout(self, *, seed: int = 0, progress: bool = False) -> "LayoutReport":
-        """Compares the mesh with one device on random tokens, layer by layer and branch by branch.
-
-        The one device's weights are read from the checkpoint, a layer at a time.
-
-        Args:
-            seed: of the tokens.
-            progress: shows a bar on stderr.
-
-        Raises:
-            InputError: the model lies on one device.
-        """
-        from qwen_moe_jax.layout_check import check_layout
-
-        if self.layout is None:
-            raise InputError(
-                "the model lies on one device; load it with mesh=make_mesh(...) to check a layout."
-            )
-        return check_layout(
-            self.folder,
-            self.layout,
-            self.dtype,
-            self.kernels,
-            parameters={n: value for n, value in self._parameters.items() if not n.startswith(MTP)},
-            seed=seed,
-            progress=progress,
-        )
-
-    def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
-        if config is not None and not isinstance(config, GenerationConfig):
-            raise InputError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig.")
-        config = (config or GenerationConfig()).override(**options)
-        most = self.draft_tokens
-        if config.draft_tokens is not None and config.draft_tokens > most:
-            raise InputError(
-                f"draft_tokens is {config.draft_tokens}, and this model drafts at most {most}; load a "
-                f"checkpoint with multi-token prediction, with draft_tokens={config.draft_tokens}."
-            )
-        outside = [i for i in config.eos_ids or () if not 0 <= i < self.config.vocab_size]
-        if outside:
-            raise InputError(
-                f"eos_token_id {outside[0]} is outside the vocabulary of {self.config.vocab_size}."
-            )
-        if config.stops and self.tokenizer is None:
-            raise InputError(
-                "stop_strings need text, but this checkpoint has no tokenizer.json; use eos_token_id."
-            )
-        return config
-
-    def _rows(self, prompt: Any, attention_mask: Any, template_options: dict[str, Any]) -> PromptBatch:
-        return to_rows(
-            prompt,
+        pairs = pairs_of(
+            contexts,
+            continuations,
             tokenizer=self.tokenizer,
-            chat_template=self.chat_template,
+            prefix=self._prefix_id(),
             vocab_size=self.config.vocab_size,
-            attention_mask=attention_mask,
-            template_options=template_options,
+            longest=self.config.max_position_embeddings,
         )
+        scored = self._scorer(edit)([c for c, _ in pairs], [t for _, t in pairs], top=top_logprobs)
+        return [Score.of(tokens, one) for (_, tokens), one in zip(pairs, scored, strict=True)]
 
-    def _check_length(self, batch: PromptBatch, new_tokens: int) -> None:
-        longest, context = max(map(len, batch.rows)), self.config.max_position_embeddings
-        if longest > context or (new_tokens and longest >= context):
-            raise InputError(f"the prompt has {longest} tokens, but the context holds {context}; shorten it.")
-        if longest + new_tokens > context:
-            raise InputError(
-                f"the prompt's {longest} tokens and max_new_tokens {new_tokens} exceed the context of "
-                f"{context}; give max_new_tokens at most {context - longest}."
-            )
+    def perplexity(
+        self, text: Any, *, window: int | None = None, edit: Mapping[str, Any] | None = None
+    ) -> float:
+        """exp of the mean negative log-likelihood of a text's tokens, each scored once.
 
-    def asked(self, prompt: Any, config: GenerationConfig | None, options: dict[str, Any]) -> list[Asked]:
-        """What an engine takes: prompts of any form that `generate` takes, with their options.
+        Windows follow each other, as in lm-eval's `loglikelihood_rolling`: the first begins behind the
+        end-of-text token; the last sees as much before its tokens as fills it.
+
+        Args:
+            text: a text or token ids.
+            window: tokens that a prediction sees at most; None for 2,048 or the model's context.
+            edit: as of `run`.
 
         Raises:
-            InputError: as for `generate`.
+            InputError: as of `score`.
         """
-        enable_thinking = options.pop("enable_thinking", None)
-        mask = options.pop("attention_mask", None)
-        checked = self._options(config, options)
-        return self._asked(self._rows(prompt, mask, _template_options(enable_thinking)), checked)
+        rows = self._rows(text, None, {}).rows
+        if len(rows) != 1:
+            raise InputError(f"perplexity takes one text, and was given {len(rows)}.")
+        most = min(window or 2048, self.config.max_position_embeddings - 1)
+        windows = rolling_windows(rows[0].tolist(), self._prefix_id(), most)
+        scored = self._scorer(edit)([c for c, _ in windows], [t for _, t in windows])
+        return float(np.exp(-sum(one.logprobs.sum(dtype=np.float64) for one in scored) / len(rows[0])))
 
-    def _asked(self, batch: PromptBatch, config: GenerationConfig) -> list[Asked]:
-        self._check_length(batch, config.max_new_tokens)
-        end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
-        seeds = config.seeds(len(batch.rows))
-        drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
-        return [
-            Asked(ids=row, config=config, end_ids=end_ids, seed=seed, draft_tokens=drafts)
-            for row, seed in zip(batch.rows, seeds, strict=True)
-        ]
+    def _prefix_id(self) -> int | None:
+        """What the first token of a text is scored behind."""
+        return self._eos_ids[0] if self._eos_ids else None
 
 
-def _drafts_of(asked: Any, folder: Path, kernels: Kernels, *, exact: bool) -> int:
-    """How many tokens a model drafts for a step."""
-    if asked == "auto":  # with exact=True drafts gain nothing
-        return default_drafts(kernels) if not exact and holds_part(folder, "mtp") else 0
-    check_drafts(asked)
-    return asked
-
-
-def _template_options(enable_thinking: bool | None) -> dict[str, Any]:
-    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-
-
-def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:
-    """Several prompts' results as one."""
-    ended = max(request.ended or began for request in requests)
-    first = max(request.first_token or ended for request in requests)
-    return GenerationOutput(
-        sequences=[row for out in found for row in out.sequences],
-        texts=None if found[0].texts is None else [text for out in found for text in out.texts or ()],
-        finish_reasons=[reason for out in found for reason in out.finish_reasons],
-        logprobs=None if found[0].logprobs is None else [row for out in found for row in out.logprobs or ()],
-        usage=Usage(
-            prompt_tokens=sum(out.usage.prompt_tokens for out in found),
-            cached_prompt_tokens=sum(out.usage.cached_prompt_tokens for out in found),
-            generated_tokens=sum(out.usage.generated_tokens for out in found),
-            drafted_tokens=sum(out.usage.drafted_tokens for out in found),
-            accepted_tokens=sum(out.usage.accepted_tokens for out in found),
-            prefill_seconds=first - began,
-            decode_seconds=ended - first,
-        ),
+def _applied(model: QwenMoe, parameters: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
+    if model.layout is not None:
+        raise InputError("the model lies on a mesh, where apply is not implemented; load it without mesh.")
+    whole = model.decoder
+    kernels = make_kernels(
+        model.kernels.target,
+        {
+            "attention": "whole",
+            "conv": "shifts",
+            "delta_step": "products",
+            "delta_chunks": "products",
+            "embedding": "lookup",
+            "experts": "dense",
+            "float8": "multiplied_out",
+            "linear": "products",
+        },
     )
-
-
-def _pieces(request: Request) -> Iterator[Piece]:
-    """What a request says; it ends with whoever reads it."""
-    try:
-        yield from request
-    finally:
-        request.cancel()
+    decoder, _ = whole_decoder(model.config, whole.dtypes, kernels)
+    ids = jnp.asarray(ids, jnp.int32)
+    compute = whole.dtypes.compute
+    cache = empty_cache(model.config, ids.shape[0], cache_capacity(ids.shape[1]), compute, compute)
+    run = with_parameters(decoder, dict(parameters))
+    hidden, _ = run(ids, jnp.ones(ids.shape, bool), cache)
+    return run.logits(hidden)

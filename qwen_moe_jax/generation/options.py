@@ -9,6 +9,7 @@ from qwen_moe_jax.engine.sampling import RowSampling
 from qwen_moe_jax.errors import InputError
 
 # Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
+MOST_LIKELIEST = 20  # tokens that are named in a place, at most
 SMALLEST = 1e-6
 LARGEST = 1e6
 
@@ -35,6 +36,9 @@ class GenerationConfig:
             among the prompt's sequences and its own text only; so equal prompts with equal seeds get
             equal samples.
         return_logprobs: also return each token's log-probability.
+        top_logprobs: also return so many of the likeliest tokens in each place, at most 20.
+        prompt_logprobs: also return the prompt's log-probabilities, and so many of the likeliest tokens in
+            each place, 0 to 20; None for neither.
         draft_tokens: that multi-token prediction drafts at most for a step, no more than the model was loaded
             with; None for so many, 0 for none. It changes the time that a text takes, not the text.
     """
@@ -53,6 +57,8 @@ class GenerationConfig:
     num_return_sequences: int = 1
     seed: int | Sequence[int] = 0
     return_logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -142,6 +148,9 @@ def _check_types(c: GenerationConfig) -> None:
         "frequency_penalty",
     ):
         _require(_is_number(getattr(c, name)), name, getattr(c, name), "a number")
+    _require(_is_int(c.top_logprobs), "top_logprobs", c.top_logprobs, "an integer")
+    inside = c.prompt_logprobs
+    _require(inside is None or _is_int(inside), "prompt_logprobs", inside, "an integer, or None")
     drafts = c.draft_tokens
     _require(drafts is None or _is_int(drafts), "draft_tokens", drafts, "an integer, or None")
     for name in ("do_sample", "return_logprobs"):
@@ -165,6 +174,9 @@ def _check_ranges(c: GenerationConfig) -> None:
     span = f"a number from {SMALLEST:g} to {LARGEST:g}"
     hint = f"{span} (for the most likely token, leave do_sample False)"
     _require(SMALLEST <= c.temperature <= LARGEST, "temperature", c.temperature, hint)
+    for name in ("top_logprobs", "prompt_logprobs"):
+        value = getattr(c, name)
+        _require(0 <= (value or 0) <= MOST_LIKELIEST, name, value, f"0 to {MOST_LIKELIEST}")
     _require(c.top_k >= 0, "top_k", c.top_k, "0 (keep all) or more")
     _require((c.draft_tokens or 0) >= 0, "draft_tokens", c.draft_tokens, "0 (none) or more")
     _require(0 < c.top_p <= 1, "top_p", c.top_p, "a number above 0 and at most 1")

@@ -38,6 +38,11 @@ class GenerationOutput:
             cancelled, "cancelled".
         logprobs: natural-log probability of each token under the model's own distribution, before
             penalties and filters; None unless asked for.
+        top_logprobs: of each token, the likeliest ones in its place -> log-probability, best first; None
+            unless asked for. Of a pass over the whole text: equal to `logprobs` within rounding.
+        prompt_logprobs: of each prompt, each token's log-probability after those before it (None for the
+            first); None unless asked for.
+        prompt_top_logprobs: the same with the likeliest tokens in each place.
         usage: counts and timings.
     """
 
@@ -46,6 +51,9 @@ class GenerationOutput:
     finish_reasons: list[str]
     logprobs: list[list[float]] | None
     usage: Usage
+    top_logprobs: list[list[dict[int, float]]] | None = None
+    prompt_logprobs: list[list[float | None]] | None = None
+    prompt_top_logprobs: list[list[dict[int, float]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx94
                  pallas_grouped              kernels over sorted tiles (`grouped_matmul.py`)
                  native
     attention    blockwise                   plain XLA (`model/attention.py`)
+                 whole                       plain XLA, all scores at once; it has a gradient
                  flash                       a kernel (`flash_attention.py`)
                  native
     conv         shifts                      plain XLA (`model/delta_net.py`)
@@ -51,7 +52,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "pallas_grouped": PALLAS,
         "native": NATIVE,
     },
-    "attention": {"blockwise": XLA, "flash": PALLAS, "native": NATIVE},
+    "attention": {"blockwise": XLA, "whole": XLA, "flash": PALLAS, "native": NATIVE},
     "conv": {"shifts": XLA, "native": NATIVE},
     "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
     "delta_chunks": {"products": XLA, "native": NATIVE},

@@ -20,6 +20,7 @@ from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
 from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.rotary import apply_rotary
+from qwen_moe_jax.model.taps import NO_TAPS, Taps
 
 KEY_BLOCK = 256
 
@@ -104,6 +105,40 @@ def blockwise_attention(
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim).astype(query.dtype)
 
 
+def attention_weights(query: jax.Array, key: jax.Array, positions: jax.Array, tables: jax.Array) -> jax.Array:
+    """What each query reads of each key, to look at: float32 [batch, heads, seq, table width * page length].
+
+    Arguments as of `blockwise_attention`.
+    """
+    batch, seq, heads, dim = query.shape
+    page, kv_heads = key.shape[1:3]
+    keys = key.at[tables].get(mode="clip").reshape(batch, -1, kv_heads, dim)
+    places = jnp.arange(tables.shape[1] * page)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    keys = jnp.where((places <= positions.max(axis=1, keepdims=True))[..., None, None], keys, 0)
+    grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).astype(key.dtype)
+    scores = jnp.einsum(
+        "bsngd,btnd->bngst", grouped, keys, preferred_element_type=wide, precision=lax.Precision.HIGHEST
+    )
+    visible = places <= positions[:, None, None, :, None]
+    scores = jnp.where(visible, scores * dim**-0.5, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, seq, -1).astype(jnp.float32)
+
+
+def whole_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, tables: jax.Array
+) -> jax.Array:
+    """As `blockwise_attention`, with all scores in memory and without a loop, so that it has a gradient."""
+    batch, seq, heads, dim = query.shape
+    weights = attention_weights(query, key, positions, tables)
+    values = value.at[tables].get(mode="clip").reshape(batch, weights.shape[-1], -1, dim)
+    written = jnp.arange(weights.shape[-1]) <= positions.max(axis=1, keepdims=True)
+    values = jnp.where(written[..., None, None], values, 0).astype(jnp.float32)
+    groups = weights.reshape(batch, values.shape[2], -1, seq, weights.shape[-1])
+    mixed = jnp.einsum("bngst,btnd->bsngd", groups, values, precision=lax.Precision.HIGHEST)
+    return mixed.reshape(batch, seq, heads, dim).astype(query.dtype)
+
+
 def append_keys(
     cache: KVCache, key: jax.Array, value: jax.Array, places: jax.Array, tables: jax.Array
 ) -> KVCache:
@@ -150,6 +185,7 @@ class GatedAttention(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         tables: jax.Array,
         cache: KVCache,
+        taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, KVCache]:
         """Mixes tokens by attention.
 
@@ -160,6 +196,7 @@ class GatedAttention(nnx.Module):
             rotary: (cos, sin), each [batch, seq, rotary_dim / 2].
             tables: int32 [batch, width], the pages of each row.
             cache: what came before.
+            taps: points of the layer.
 
         Returns:
             (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache with this call's
@@ -176,6 +213,7 @@ class GatedAttention(nnx.Module):
         query, gate = jnp.split(queries, 2, axis=-1)
         query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
         key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
+        query, key, value = taps("queries", query), taps("keys", key), taps("values", value)
 
         places = self._places(valid, positions, tables, cache)
         # a pad sees what its row's last token does: nobody has written behind it
@@ -198,8 +236,12 @@ class GatedAttention(nnx.Module):
                     interpret=self.kernels.interpret,
                     expected_keys=self.kernels.expected_keys,
                 )
+            elif chosen == "whole":
+                mixed = whole_attention(query, cache.k, cache.v, seen, tables)
             else:
                 mixed = blockwise_attention(query, cache.k, cache.v, seen, tables)
+        if taps.captures("attention"):
+            taps.keep("attention", attention_weights(query, cache.k, seen, tables))
         mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache
 

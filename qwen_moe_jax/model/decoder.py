@@ -27,6 +27,7 @@ from qwen_moe_jax.model.norms import rms_norm
 from qwen_moe_jax.model.params import DtypePolicy, Weight
 from qwen_moe_jax.model.ranks import OneDevice, Ranks
 from qwen_moe_jax.model.rotary import rotary_tables
+from qwen_moe_jax.model.taps import NO_TAPS, Edit, Taps, Tokens
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -40,12 +41,18 @@ class Step:
         positions: int32 [batch, seq], each token's place in its row.
         rotary: (cos, sin), float32 [batch, seq, rotary_dim / 2].
         rows: where each row lies in the caches.
+        taps: points of the pass.
     """
 
     valid: jax.Array
     positions: jax.Array
     rotary: tuple[jax.Array, jax.Array]
     rows: Placement
+    taps: Taps = NO_TAPS
+
+    def at_layer(self, index: int) -> "Step":
+        """With the points of one layer."""
+        return dataclasses.replace(self, taps=self.taps.within(f"layers.{index}"))
 
 
 def step_after(
@@ -87,11 +94,11 @@ class DecoderLayer(nnx.Module):
             normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
             if isinstance(cache, KVCache):
                 part, cache = self.self_attn(
-                    normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
+                    normed, step.valid, step.positions, step.rotary, step.rows.tables, cache, step.taps
                 )
             else:
-                part, cache = self.linear_attn(normed, step.valid, step.rows.slots, cache)
-            return self.ranks.sum_heads(part), cache
+                part, cache = self.linear_attn(normed, step.valid, step.rows.slots, cache, step.taps)
+            return step.taps("mixer", self.ranks.sum_heads(part)), cache
 
     def look(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LookedAt]:
         """As `__call__` for a few tokens, of which a Gated DeltaNet layer writes nothing yet."""
@@ -114,9 +121,9 @@ class DecoderLayer(nnx.Module):
                 normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
             )
 
-    def feed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def feed(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """What the mixture of experts adds to the residual stream x."""
-        return self.mlp(self._normed_for_experts(x), valid)
+        return taps("moe", self.mlp(self._normed_for_experts(x), valid, taps))
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """By which the mixture of experts chooses, float32 [batch, seq, experts]."""
@@ -127,9 +134,10 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
+        x = step.taps("residual", x)
         mixed, cache = self.mix(x, step, cache)
-        x = x + mixed
-        return x + self.feed(x, step.valid), cache
+        x = step.taps("residual_mid", x + mixed)
+        return step.taps("residual_out", x + self.feed(x, step.valid, step.taps)), cache
 
 
 class Decoder(nnx.Module):
@@ -175,6 +183,7 @@ class Decoder(nnx.Module):
         valid: jax.Array,
         cache: HybridCache,
         rope_positions: jax.Array | None = None,
+        taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, HybridCache]:
         """Runs new tokens through all layers, after whatever the cache holds.
 
@@ -184,18 +193,19 @@ class Decoder(nnx.Module):
             cache: with room for the valid tokens; what does not fit is lost, so the caller checks.
             rope_positions: int32 [3, batch, seq] (temporal, height, width); None means text, where all
                 three equal the token's position.
+            taps: points of this pass to capture or replace.
 
         Returns:
             (hidden states after the final norm [batch, seq, hidden] in the compute dtype, the cache).
             Pads' hidden states mean nothing.
         """
-        step = self.step(valid, cache.rows, rope_positions)
-        x = self.embed(tokens, valid)
+        step = dataclasses.replace(self.step(valid, cache.rows, rope_positions), taps=taps)
+        x = taps("embedding", self.embed(tokens, valid))
         layers = []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = layer(x, step, layer_cache)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, layer_cache = layer(x, step.at_layer(index), layer_cache)
             layers.append(layer_cache)
-        return self.finish(x), cache.after(layers, valid)
+        return taps("hidden", self.finish(x)), cache.after(layers, valid)
 
     def look(
         self, tokens: jax.Array, valid: jax.Array, cache: HybridCache
@@ -329,3 +339,34 @@ def with_parameters(module: Module, parameters: Mapping[str, jax.Array]) -> Modu
     flat = nnx.to_flat_state(state)
     filled = [(path, param.replace(parameters[".".join(map(str, path))])) for path, param in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def run_tapped(
+    decoder: Decoder,
+    parameters: Mapping[str, jax.Array],
+    tokens: jax.Array,
+    valid: jax.Array,
+    cache: HybridCache,
+    edits: Mapping[str, Edit],
+    wanted: frozenset[str] = frozenset(),
+    at: jax.Array | None = None,
+) -> tuple[jax.Array, HybridCache, dict[str, Any]]:
+    """`Decoder.__call__` with the parameters that one device, or one rank of a mesh, holds.
+
+    Args:
+        decoder: abstract, or filled with others.
+        parameters: by canonical name.
+        tokens, valid, cache: as there.
+        edits: point -> what replaces its value.
+        wanted: points to capture.
+        at: as of `Taps`.
+
+    Returns:
+        (hidden states; the cache; point -> captured value).
+    """
+    taps = NO_TAPS
+    if edits or wanted:
+        positions = cache.rows.length[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
+        taps = Taps(wanted, edits, Tokens(tokens, positions, valid), at)
+    hidden, cache = with_parameters(decoder, parameters)(tokens, valid, cache, taps=taps)
+    return hidden, cache, taps.found

@@ -7,6 +7,7 @@ Projections, a short causal convolution with carried inputs, the gated delta rul
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.formats.cache import DeltaNetCache, DeltaNetInputs
@@ -23,6 +24,7 @@ from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
+from qwen_moe_jax.model.taps import NO_TAPS, Taps
 
 
 def causal_conv(
@@ -120,7 +122,12 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Weight((hidden, config.value_dim), dtypes.matrix)
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, slots: jax.Array, cache: DeltaNetCache
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        slots: jax.Array,
+        cache: DeltaNetCache,
+        taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, DeltaNetCache]:
         """Mixes tokens by the gated delta rule.
 
@@ -129,13 +136,20 @@ class GatedDeltaNet(nnx.Module):
             valid: bool [batch, seq], a prefix of each row.
             slots: int32 [batch], each row's own; the number of slots stands for "none".
             cache: what came before.
+            taps: points of the layer.
 
         Returns:
             (float32 [batch, seq, hidden], to be summed by `ranks.sum_heads`; the cache after this call's
             valid tokens, in which slots of other rows are as they were).
         """
         inputs, gate = self._project(x, valid)
+        if taps.uses("beta") or taps.uses("decay"):
+            beta, decay = taps("beta", inputs.beta), taps("decay", jnp.exp(inputs.g))
+            g = jnp.log(decay) if taps.replaces("decay") else inputs.g
+            inputs = DeltaNetInputs(mixed=inputs.mixed, g=g, beta=beta)
         tokens, conv = self._read(inputs, slots, cache, valid.sum(axis=1, dtype=jnp.int32))
+        if taps.captures("state") and taps.at is not None:
+            taps.keep("state", states_behind(taps.at, tokens, read_slots(cache.state, slots)))
         output, state = _recur(self.kernels, tokens, cache.state, slots, x.dtype.name)
         return self._leave(output, gate, x.dtype), DeltaNetCache(conv=conv, state=state)
 
@@ -219,6 +233,25 @@ class GatedDeltaNet(nnx.Module):
         )
         flat = normed.reshape(*normed.shape[:2], -1)
         return self.ranks.head_product(flat, self.out_proj.matrix(), self.kernels)
+
+
+def states_behind(at: jax.Array, tokens: tuple[jax.Array, ...], before: jax.Array) -> jax.Array:
+    """Recurrent states behind some of the tokens, to look at: float32 [batch, n, heads, Dk, Dv].
+
+    Args:
+        at: int32 [batch, n], places of tokens; -1 or less gives the state before all of them.
+        tokens: query, key, value, g and beta, as of `delta_rule_chunked`.
+        before: [batch, heads, Dk, Dv].
+    """
+    query, key, value, g, beta = tokens
+    places = jnp.arange(g.shape[1])[:, None]
+
+    def behind(place: jax.Array) -> jax.Array:
+        taken = places <= place[:, None, None]  # the others decay nothing and write nothing
+        some = (query, key, value, jnp.where(taken, g, 0), jnp.where(taken, beta, 0))
+        return delta_rule_chunked(*some, before)[1].astype(jnp.float32)
+
+    return jnp.moveaxis(lax.map(behind, at.T), 0, 1)
 
 
 def _recur(

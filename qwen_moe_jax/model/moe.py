@@ -18,6 +18,7 @@ from qwen_moe_jax.model.experts import choose_experts
 from qwen_moe_jax.model.linear import linear, linears
 from qwen_moe_jax.model.params import DtypePolicy, MatrixHolder, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
+from qwen_moe_jax.model.taps import NO_TAPS, Routing, Taps
 
 
 def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
@@ -90,14 +91,15 @@ class SparseMoe(nnx.Module):
             self.shared_expert = SharedExpert(config, dtypes)
         self.shared_expert_gate = Weight((1, config.hidden_size), dtypes.matrix)
 
-    def choose(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> tuple[jax.Array, jax.Array]:
         """Which experts each token goes to: (ids int32, weights float32), each [tokens, top_k].
 
         Pads (valid [tokens] false) go to none: their ids are num_experts.
         """
         with jax.named_scope("router"):
-            ids, weights = route(self.router_logits(x), self.config.num_experts_per_tok)
-            return jnp.where(valid[:, None], ids, self.config.num_experts), weights
+            logits = taps("router_logits", self.router_logits(x))
+            routing = taps("router", Routing(*route(logits, self.config.num_experts_per_tok)))
+            return jnp.where(valid[:, None], routing.ids, self.config.num_experts), routing.weights
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """float32 [..., experts]: rounded to bfloat16, near ties would choose other experts."""
@@ -141,16 +143,20 @@ class SparseMoe(nnx.Module):
             linear(x, self.shared_expert_gate.weight[...], jnp.float32, kernels=self.kernels)
         )
 
-    def routed(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def routed(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """The routed sum on one device, float32 [tokens, hidden]; pads get zero."""
-        return self.combine(x, *self.choose(x, valid))
+        ids, weights = self.choose(x, valid, taps)
+        if taps.uses("experts"):
+            return taps("experts", self.combine(x, ids, weights, by_slot=True)).sum(axis=1)
+        return self.combine(x, ids, weights)
 
-    def shared(self, x: jax.Array) -> jax.Array:
+    def shared(self, x: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """The shared expert times its gate, float32 [tokens, hidden]: this rank's part, typed as such."""
         with jax.named_scope("shared_expert"):
-            return self.ranks.shared_part(self.shared_weight(x) * self.shared_expert(x, self.kernels))
+            gate = taps("shared_gate", self.shared_weight(x))
+            return self.ranks.shared_part(gate * taps("shared_expert", self.shared_expert(x, self.kernels)))
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""
-        flat = x.reshape(-1, x.shape[-1])
-        return self.ranks.mixture(self, flat, valid.reshape(-1)).reshape(x.shape)
+        flat, taps = x.reshape(-1, x.shape[-1]), taps.of_rows(*x.shape[:2])
+        return self.ranks.mixture(self, flat, valid.reshape(-1), taps).reshape(x.shape)

@@ -14,6 +14,7 @@ from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.cpu.calls import native_rows
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.taps import NO_TAPS, Taps
 
 if TYPE_CHECKING:
     from qwen_moe_jax.model.moe import SparseMoe
@@ -56,7 +57,7 @@ class Ranks(Protocol):
         """The shared expert by the rows held here, float32 [tokens, hidden], as that rank's part."""
         ...
 
-    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
+    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """The whole mixture of experts on [tokens, hidden], valid bool [tokens] -> float32 like x."""
         ...
 
@@ -89,6 +90,6 @@ class OneDevice:
         """The same."""
         return output
 
-    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array) -> jax.Array:
+    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """Routed and shared branch, each once."""
-        return moe.routed(x, valid) + moe.shared(x)
+        return moe.routed(x, valid, taps) + moe.shared(x, taps)

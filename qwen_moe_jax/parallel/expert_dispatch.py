@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_moe_jax.model.moe import SparseMoe
+from qwen_moe_jax.model.taps import NO_TAPS, Taps
 from qwen_moe_jax.parallel.partial_sums import gathered, scattered_total, total
 from qwen_moe_jax.parallel.token_exchange import exchange, give_back, plan_exchange
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from qwen_moe_jax.parallel.ranks import MeshRanks
 
 
-def psum_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
+def psum_mixture(
+    ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS
+) -> jax.Array:
     """Every rank's experts on every token, and one sum: [tokens, hidden] -> float32 [tokens, hidden].
 
     Where the ranks of the expert axis have different tokens (attention data parallelism), they are gathered
@@ -42,9 +45,10 @@ def psum_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Ar
     """
     own = x
     if ranks.tokens_divided:
-        x, valid = _gathered_tokens(ranks, x, valid)
-    ids, weights = moe.choose(x, valid)
-    ids = _held_ids(ranks, moe, ids)
+        x, valid = gathered_tokens(ranks, x, valid)
+        taps = NO_TAPS  # their points are each rank's own tokens
+    ids, weights = moe.choose(x, valid, taps)
+    ids = held_ids(ranks, moe, ids)
     if ranks.shared_expert == "fused":
         ids, weights = _with_shared_slot(ranks, ids, weights, moe.shared_weight(x), valid)
     axes = (*ranks.expert_axes, *ranks.tensor_axes)
@@ -65,7 +69,7 @@ def exact_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.A
     are then added up in their order on every rank. Costs top_k times the bytes of the sum.
     """
     ids, weights = moe.choose(x, valid)
-    slots = moe.combine(x, _held_ids(ranks, moe, ids), weights, ranks=ranks.expert_ranks, by_slot=True)
+    slots = moe.combine(x, held_ids(ranks, moe, ids), weights, ranks=ranks.expert_ranks, by_slot=True)
     slots = total(slots, ranks.expert_axes)
     summed = slots[:, 0]
     for slot in range(1, slots.shape[1]):
@@ -91,12 +95,12 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
         plan = plan_exchange(ids, weights, held, none, ranks.expert_axes[0], ranks.expert_ranks)
         rows, row_ids, row_weights = exchange(x, plan, ragged=ranks.ragged), plan.ids, plan.weights
     else:
-        plan, rows, row_ids, row_weights = None, x, _held_ids(ranks, moe, ids), weights
+        plan, rows, row_ids, row_weights = None, x, held_ids(ranks, moe, ids), weights
     received = rows.shape[0]
     if fused:
         # its own tokens once more, for the shared expert's slot alone
         rows = jnp.concatenate([rows, x])
-        slot_ids, slot_weights = _shared_slot(ranks, moe.shared_weight(x), valid, row_ids.shape[1])
+        slot_ids, slot_weights = shared_slot(ranks, moe.shared_weight(x), valid, row_ids.shape[1])
         row_ids = jnp.concatenate([row_ids, slot_ids])
         row_weights = jnp.concatenate([row_weights, slot_weights])
     outputs = moe.combine(rows, row_ids, row_weights, ranks=ranks.expert_ranks)
@@ -112,7 +116,7 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
     return gathered(summed, ranks.expert_axes, 0)[:tokens] if divide else summed
 
 
-def _gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """All ranks' tokens, with what tells them from pads in one more column, so that one gather is enough."""
     everyone = gathered(_beside(x, valid[:, None].astype(x.dtype)), ranks.expert_axes, 0)
     return everyone[:, :-1], everyone[:, -1] > 0
@@ -123,7 +127,7 @@ def _shared_alone(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array) -> jax.Array
     return total(moe.shared(x), ranks.shared_axes)
 
 
-def _held_ids(ranks: "MeshRanks", moe: SparseMoe, ids: jax.Array) -> jax.Array:
+def held_ids(ranks: "MeshRanks", moe: SparseMoe, ids: jax.Array) -> jax.Array:
     """Global expert ids -> slots of the stacks held here; experts of other ranks become "none"."""
     first = lax.axis_index(ranks.expert_axes) * ranks.experts_held if ranks.expert_axes else 0
     held = ids - first
@@ -136,7 +140,7 @@ def _no_expert(ranks: "MeshRanks") -> int:
     return ranks.experts_held + (ranks.shared_expert == "fused")
 
 
-def _shared_slot(
+def shared_slot(
     ranks: "MeshRanks", gate: jax.Array, wanted: jax.Array, slots: int
 ) -> tuple[jax.Array, jax.Array]:
     """(ids, weights) [tokens, slots] with the shared expert in the first slot of the wanted tokens."""
@@ -152,7 +156,7 @@ def _with_shared_slot(
     """One more slot a token, for the shared expert, on the one rank whose turn the token is."""
     turn = jnp.arange(ids.shape[0]) % ranks.expert_ranks
     rank = lax.axis_index(ranks.expert_axes) if ranks.expert_axes else 0
-    slot_ids, slot_weights = _shared_slot(ranks, gate, valid & (turn == rank), 1)
+    slot_ids, slot_weights = shared_slot(ranks, gate, valid & (turn == rank), 1)
     return _beside(ids, slot_ids), _beside(weights, slot_weights)
 
 

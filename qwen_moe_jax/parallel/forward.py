@@ -23,12 +23,14 @@ from qwen_moe_jax.formats.cache import (
     states_of,
 )
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, with_parameters
+from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, run_tapped, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.mtp import MTP, MtpHead, abstract_mtp, drafter_keys, run_drafter
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.model.taps import Edit
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
+from qwen_moe_jax.parallel.mesh_points import check_edits, in_order, point_specs
 
 Parameters = Mapping[str, jax.Array]
 
@@ -48,8 +50,12 @@ class MeshForward:
         parameters: dict[str, jax.Array],
         drafter: MtpHead | None = None,
         draft_tokens: int = 0,
+        *,
+        edits: Mapping[str, Edit] | None = None,
     ):
         self.layout = layout
+        self._policy = policy
+        self._edits = dict(edits or {})
         self.drafter = drafter
         self.draft_tokens = draft_tokens
         self.exact = layout.exact
@@ -78,7 +84,7 @@ class MeshForward:
         cache_specs = self.layout.cache_specs()
 
         def on_a_rank(parameters, tokens, valid, cache):
-            return with_parameters(self.decoder, parameters)(tokens, valid, cache)
+            return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits)[:2]
 
         return jax.shard_map(
             on_a_rank,
@@ -86,6 +92,35 @@ class MeshForward:
             in_specs=(self._specs, self._batch, self._batch, cache_specs),
             out_specs=(self._batch, cache_specs),
         )(dict(parameters), tokens, valid, cache)
+
+    def observe(
+        self,
+        parameters: Parameters,
+        tokens: jax.Array,
+        valid: jax.Array,
+        cache: HybridCache,
+        at: jax.Array,
+        wanted: frozenset[str],
+    ) -> tuple[jax.Array, HybridCache, dict[str, Any]]:
+        """As of the protocol. Heads are put into their order."""
+        cache_specs = self.layout.cache_specs()
+
+        def on_a_rank(parameters, tokens, valid, cache, at):
+            return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits, wanted, at)
+
+        hidden, cache, found = jax.shard_map(
+            on_a_rank,
+            mesh=self.layout.mesh,
+            in_specs=(self._specs, self._batch, self._batch, cache_specs, self._batch),
+            out_specs=(self._batch, cache_specs, point_specs(self.layout, wanted)),
+        )(dict(parameters), tokens, valid, cache, at)
+        return hidden, cache, {name: in_order(self.layout, name, value) for name, value in found.items()}
+
+    def edited(self, edits: Mapping[str, Edit]) -> "MeshForward":
+        """As of the protocol."""
+        check_edits(self.layout, edits)
+        own = {name: value for name, value in self.parameters.items() if not name.startswith(MTP)}
+        return MeshForward(self.layout, self._policy, self.kernels, own, edits=edits)
 
     def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
         """As `Decoder.logits`."""
@@ -220,6 +255,14 @@ class MeshForward:
         """Each data rank computes its own rows."""
         specs = jax.tree.map(lambda x: self._batch if jnp.ndim(x) else PartitionSpec(), trees)
         return jax.shard_map(function, mesh=self.layout.mesh, in_specs=specs, out_specs=self._batch)(*trees)
+
+    def by_pool(self, function: Callable[..., Any], layers: tuple[LayerCache, ...], *trees: Any) -> Any:
+        """Each rank computes its own pools."""
+        pools = self.layout.cache_specs(self.layout.config.layer_types + self._drafter_kinds).layers
+        specs = jax.tree.map(lambda x: self._batch if jnp.ndim(x) else PartitionSpec(), trees)
+        return jax.shard_map(function, mesh=self.layout.mesh, in_specs=(pools, *specs), out_specs=pools)(
+            layers, *trees
+        )
 
     def everywhere(self, tree: Any) -> Any:
         """Arrays whole on every device."""

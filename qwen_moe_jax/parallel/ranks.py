@@ -10,7 +10,9 @@ from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.model.ranks import embedding_rows
+from qwen_moe_jax.model.taps import NO_TAPS, Taps
 from qwen_moe_jax.parallel.expert_dispatch import all_to_all_mixture, exact_mixture, psum_mixture
+from qwen_moe_jax.parallel.expert_points import capture_mixture
 from qwen_moe_jax.parallel.partial_sums import Axes, as_part, divided_among, gathered, product_part, total
 
 
@@ -77,17 +79,24 @@ class MeshRanks:
         """The experts' outputs of all_to_all, back at their tokens: a part of a sum over `tensor`."""
         return as_part(outputs, self.tensor_axes)
 
+    def slots_part(self, outputs: jax.Array) -> jax.Array:
+        """The experts' outputs on all ranks' tokens as a part of a sum over both axes, in either dispatch."""
+        if self.expert_dispatch == "psum":
+            return outputs  # `routed_part` has typed them
+        return as_part(outputs, (*self.expert_axes, *self.tensor_axes))
+
     def shared_part(self, output: jax.Array) -> jax.Array:
         """By mode: a sum of its own, a share of the routed experts' sum, or an equal part of it a rank."""
         if self.shared_expert == "prescaled" and self.expert_dispatch == "psum":
             return as_part(divided_among(output, self.expert_axes), (*self.expert_axes, *self.tensor_axes))
         return as_part(output, self.shared_axes)
 
-    def mixture(self, moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def mixture(self, moe: SparseMoe, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """By the dispatch of the layout."""
+        capture_mixture(self, moe, x, valid, taps)
         with jax.named_scope("experts"):  # router and shared expert have scopes of their own
             if self.exact:
                 return exact_mixture(self, moe, x, valid)
             if self.expert_dispatch == "all_to_all":
                 return all_to_all_mixture(self, moe, x, valid)
-            return psum_mixture(self, moe, x, valid)
+            return psum_mixture(self, moe, x, valid, taps)
