@@ -32,6 +32,7 @@ def test_mean_kl_over_random_models_is_within_the_bar(tmp_path: Path) -> None:
     assert pooled(found).ratio <= LARGEST_RATIO, found
 
 
+@pytest.mark.slow
 def test_mean_kl_on_the_trained_checkpoint_is_within_the_bar() -> None:
     found = measure(CHECKPOINT, teacher_forced(CHECKPOINT, held_out(400, seed=1)))
     assert found.ratio <= LARGEST_RATIO, found

@@ -118,13 +118,17 @@ def test_for_every_number_of_drafts_the_tokens_are_those_without(seed: int, draf
 def test_drafts_that_say_anything_change_nothing() -> None:
     plain, poisoned = model(0, 0, poisoned=True), model(0, 3, poisoned=True)
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, plain.config.vocab_size, n).tolist() for n in (1, 40, 64)]
-    options = {"max_new_tokens": 60, "eos_token_id": []}
-    wanted, found = plain.generate(prompts, **options), poisoned.generate(prompts, **options)
-    assert found.sequences == wanted.sequences
-    assert found.usage.accepted_tokens < found.usage.drafted_tokens / 4
+    drafted = accepted = 0
+    for length in (1, 40, 64):
+        prompt = [rng.integers(0, plain.config.vocab_size, length).tolist()]
+        options = {"max_new_tokens": 60, "eos_token_id": []}
+        found = poisoned.generate(prompt, **options)
+        assert found.sequences == plain.generate(prompt, **options).sequences
+        drafted += found.usage.drafted_tokens
+        accepted += found.usage.accepted_tokens
+    assert accepted < drafted / 4
     # they rest most of the time: a pass of three drafts for each token would be 3 * 180
-    assert 0 < found.usage.drafted_tokens < 150
+    assert 0 < drafted < 150
 
 
 @pytest.mark.slow
@@ -161,7 +165,7 @@ def test_on_every_kind_of_mesh_drafts_give_the_tokens_of_one_device_without(size
     assert accepted > drafted / 8 > 10
 
 
-@pytest.mark.parametrize(("seed", "kernels"), [(0, "auto"), (3, "xla")])
+@pytest.mark.parametrize(("seed", "kernels"), [(0, "auto"), pytest.param(3, "xla", marks=pytest.mark.slow)])
 def test_a_state_after_accepted_drafts_is_the_state_after_these_tokens_one_by_one(
     seed: int, kernels: str
 ) -> None:
@@ -357,7 +361,7 @@ def test_in_float8_drafts_give_the_tokens_without_and_the_drafter_is_float8_too(
         np.testing.assert_array_equal(after[key], value)
 
 
-@pytest.mark.parametrize("sizes", [None, (1, 2, 1)])
+@pytest.mark.parametrize("sizes", [None, pytest.param((1, 2, 1), marks=pytest.mark.slow)])
 def test_with_exact_every_token_is_the_one_without_drafts_however_close_two_are(sizes) -> None:
     mesh = None if sizes is None else make_mesh(*sizes)
     plain, drafting = (

@@ -115,9 +115,8 @@ def check_schedules(seed: int, numbers: range, *, tight: bool) -> None:
         assert engine.stats().cached_prompt_tokens > PAGE
 
 
-@pytest.mark.parametrize(("seed", "tight"), [(3, False), (22, True)])
-def test_in_any_schedule_a_request_gets_what_it_gets_alone(seed: int, tight: bool) -> None:
-    check_schedules(seed, range(20), tight=tight)
+def test_in_any_schedule_a_request_gets_what_it_gets_alone() -> None:
+    check_schedules(22, range(20), tight=True)
 
 
 @pytest.mark.slow
@@ -167,6 +166,7 @@ def check_mesh(sizes: tuple[int, int, int], choices: dict[str, Any], count: int)
     assert engine.stats().cached_prompt_tokens > PAGE
 
 
+@pytest.mark.slow
 def test_on_a_mesh_a_request_gets_what_it_gets_alone_on_one_device() -> None:
     check_mesh(*MESHES[0], 4)
 

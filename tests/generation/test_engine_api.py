@@ -218,6 +218,7 @@ def test_stop_strings_cost_one_step_at_most(model):
         assert len(out.sequences[0]) <= steps <= len(out.sequences[0]) + 1
 
 
+@pytest.mark.slow
 def test_warmup_compiles_everything_there_is(model):
     with model.engine(max_rows=2, memory=64 << 20) as made:
         assert 0 < made.warmup() <= 24

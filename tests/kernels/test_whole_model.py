@@ -85,6 +85,7 @@ def test_on_a_mesh_kernels_lower_for_rocm_with_their_sums_typed(layout, tokens):
 BFLOAT16_RATIO = 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gfx942", "gfx950"])
 def test_in_bfloat16_the_tables_own_kernels_are_as_near_the_truth_as_plain_xla(target):
     case = mesh_case(SEED)

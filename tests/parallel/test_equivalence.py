@@ -60,13 +60,10 @@ def check(seed: int, layout: Layout) -> None:
 # parallelism inside (the layout that broke a peer), and meshes of 3 and 6 devices, which divide nothing
 # evenly.
 COVERING = [
-    (1, 2, 1, "prescaled", "psum", "tensor"),
     (1, 2, 2, "sharded", "psum", "tensor"),
     (1, 2, 2, "outside", "psum", "data"),
     (1, 8, 1, "fused", "psum", "tensor"),
     (2, 2, 2, "prescaled", "all_to_all", "tensor"),
-    (1, 4, 1, "sharded", "all_to_all", "tensor"),
-    (1, 2, 2, "outside", "all_to_all", "tensor"),
     (1, 2, 2, "fused", "all_to_all", "data"),
     (1, 2, 4, "prescaled", "psum", "data"),
     (4, 1, 2, "sharded", "psum", "tensor"),
@@ -111,7 +108,7 @@ def drawn(seed: int) -> Layout:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.slow if s > 2 else ()) for s in range(36)]
+    "seed", [pytest.param(s, marks=pytest.mark.slow if s > 0 else ()) for s in range(36)]
 )
 def test_random_configurations_on_random_layouts_equal_one_device(seed: int) -> None:
     case = mesh_case(seed)

@@ -25,6 +25,7 @@ def assert_equal_bits(seed: int, dtype: str, tensor: int, sizes: tuple[int, ...]
         assert logprobs == found[0][2], "decoding, token by token"
 
 
+@pytest.mark.slow
 def test_one_and_four_ranks_give_the_same_bits() -> None:
     assert_equal_bits(22, "float32", 1, (1, 4))
 

@@ -82,6 +82,7 @@ def test_a_disagreement_is_isolated_to_its_layer_and_branch(
     assert f"DISAGREES  {where[0]}, {where[1]}" in str(report)
 
 
+@pytest.mark.slow
 def test_a_fused_shared_expert_is_told_from_the_routed_ones(
     fused: QwenMoe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
