@@ -41,8 +41,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # all that stands behind it is the harness's own, its --help included
+    harness = given[1:] if given[:1] == ["lm-eval"] else None
+    options = _parser().parse_args(given if harness is None else given[:1])
     try:
+        if harness is not None:
+            from qwen_moe_jax.evaluation.harness_command import run_harness
+
+            return run_harness(harness)
         return options.run(options) or 0
     except (QwenMoeError, OSError) as error:
         if options.debug:
@@ -135,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--show-mistakes", type=int, default=0, metavar="N", help="print the first N")
     command.set_defaults(run=_evaluate)
+
+    commands.add_parser(
+        "lm-eval",
+        parents=[common],
+        help="EleutherAI's harness, with --model qwen_moe_jax --model_args path=PATH (extra `eval`)",
+    )
 
     command = commands.add_parser(
         "check", parents=running, help="compare a mesh with one device, layer by layer"

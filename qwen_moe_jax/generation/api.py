@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen_moe_jax.engine.shapes import cache_capacity
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.experiments.lens import Lens, logit_lens
 from qwen_moe_jax.experiments.runs import Run
 from qwen_moe_jax.formats.cache import empty_cache
 from qwen_moe_jax.generation.generator import Generator, template_options
@@ -88,6 +89,14 @@ class QwenMoe(Generator):
                 for row in rows
             ]
         return self._laboratory.run(rows, lengths, wanted, edit, list(states_at), texts)
+
+    def logit_lens(self, run: Run, row: int = 0) -> Lens:
+        """What each layer of a run that captured "layers.*.residual_out" would say next.
+
+        Raises:
+            InputError: they were not captured, or the model lies on a mesh.
+        """
+        return logit_lens(self.decoder, run, row)
 
     @property
     def parameters(self) -> dict[str, jax.Array]:

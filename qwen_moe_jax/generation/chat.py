@@ -50,8 +50,16 @@ class _Generation(Extension):
         )
 
 
+# Stands behind the content of a message that is left open; no template changes it.
+_MARK = "\u2060continue\u2060"
+
+
 class ChatTemplate:
-    """A Jinja chat template, compiled in a sandbox that neither changes its inputs nor reaches out."""
+    """A Jinja chat template, compiled in a sandbox that neither changes its inputs nor reaches out.
+
+    Attributes:
+        source: its text.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
         environment = ImmutableSandboxedEnvironment(
@@ -60,6 +68,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
+            self.source = source
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
@@ -112,6 +121,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         enable_thinking: bool | None = None,
         **variables: Any,
     ) -> str:
@@ -120,6 +130,8 @@ class ChatTemplate:
         Args:
             messages: dicts with "role" and "content" (a string, or a list of {"type": "text"} parts).
             add_generation_prompt: opens the assistant's turn.
+            continue_final_message: the last message is left open, to be continued: the prompt ends with its
+                content.
             enable_thinking: handed to the template if given; what it does is up to the template.
             **variables: further names for the template, such as `tools`.
 
@@ -127,6 +139,13 @@ class ChatTemplate:
             InputError: messages of another form, or the template refuses them.
         """
         check_messages(messages)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise InputError(
+                    "continue_final_message continues the last message, and add_generation_prompt opens "
+                    "another one; give add_generation_prompt=False."
+                )
+            return self._left_open(messages, enable_thinking=enable_thinking, **variables)
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
         try:
@@ -137,6 +156,26 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InputError(f"the checkpoint's chat template refuses these messages: {error}.") from None
+
+    def _left_open(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt text up to the end of the last message's content.
+
+        A mark is put behind the content, so that it is found whatever the template writes there.
+        """
+        last = messages[-1]
+        content = last.get("content")
+        if not isinstance(content, str) or not content:
+            raise InputError(
+                "continue_final_message continues the text of the last message, which has none; expected "
+                "content that is not empty."
+            )
+        marked = [*messages[:-1], {**last, "content": content + _MARK}]
+        text = self.render(marked, add_generation_prompt=False, **options)
+        before, mark, _ = text.rpartition(_MARK)
+        if not mark:
+            raise InputError("the chat template does not write the last message, so it cannot be continued.")
+        # templates may strip a message; what was given is what is continued
+        return before
 
 
 def check_messages(messages: Any) -> None:

@@ -1,6 +1,8 @@
 """`LoadedModel`: a checkpoint in memory, and how it is saved, described and checked."""
 
+import html
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -8,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_moe_jax.checkpoint.layout import parameter_shapes
+from qwen_moe_jax.checkpoint.layout import is_scale, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import holds_part, mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
-from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.engine.drafting import check_drafts, default_drafts
 from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.engine.scoring import Scorer
@@ -156,6 +158,48 @@ class LoadedModel:
         drafts = _drafts_of(draft_tokens, folder, table, exact=exact)
         loaded = load_forward(folder, config, compute, table, progress, layout, drafts, exact=exact)
         return cls(loaded, folder, layout, table)
+
+    def __repr__(self) -> str:
+        """A card of a few lines; `describe()` says everything."""
+        return "\n".join(f"{name:<12}{value}" for name, value in self._card())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self._card()
+        )
+        return f"<table>{rows}</table>"
+
+    def _card(self) -> list[tuple[str, str]]:
+        config, kinds = self.config, self.config.layer_types
+        full = kinds.count(FULL_ATTENTION)
+        count = sum(prod(s) for n, s in parameter_shapes(config).items() if not is_scale(n))
+        held = "float8 and " if config.float8 else ""
+        lines = [
+            ("QwenMoe", self.folder.name),
+            (
+                "layers",
+                f"{len(kinds)} of width {config.hidden_size}: {len(kinds) - full} Gated DeltaNet, {full} "
+                "full attention",
+            ),
+            (
+                "experts",
+                f"{config.num_experts}, {config.num_experts_per_tok} a token, and a shared one, in "
+                f"each layer",
+            ),
+            ("parameters", f"{count:,} in {held}{self.dtype.name}"),
+            ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
+            ("on", str(self.layout) if self.layout else f"one device ({self.kernels.target})"),
+        ]
+        if self.draft_tokens:
+            lines.append(("drafts", f"{self.draft_tokens} tokens a step at most"))
+        return lines
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, by the checkpoint."""
+        return self._eos_ids
 
     @property
     def decoder(self) -> Decoder:
