@@ -11,7 +11,8 @@ from qwen_moe_jax.checkpoint.inspect import size_in_words
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.formats.cache import PAGE, pages_for
 
-# Of a device's memory, what a process is to be given (XLA_PYTHON_CLIENT_MEM_FRACTION); see docs/guides/amd.md.
+# Of a device's memory, what a process is to be given (XLA_PYTHON_CLIENT_MEM_FRACTION); see
+# docs/guides/amd.md.
 FRACTION = 0.95
 _TOP = 8  # operations named in the report
 

@@ -166,7 +166,8 @@ class QwenMoeHarness(TemplateLM):
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         prompts, options, stops = [], [], []
         for request in requests:
-            context, given = request.args[0], request.args[1]
+            arguments: Any = request.args
+            context, given = arguments
             asked: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             until = handle_stop_sequences(asked.get("until"), eos=eos)
             count = int(asked["max_gen_toks"])

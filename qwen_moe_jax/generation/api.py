@@ -13,7 +13,8 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.experiments.lens import Lens, logit_lens
 from qwen_moe_jax.experiments.runs import Run
 from qwen_moe_jax.formats.cache import empty_cache
-from qwen_moe_jax.generation.generator import Generator, template_options
+from qwen_moe_jax.generation.chat import template_options
+from qwen_moe_jax.generation.generator import Generator
 from qwen_moe_jax.generation.loading import whole_decoder
 from qwen_moe_jax.generation.scores import Score, pairs_of, rolling_windows
 from qwen_moe_jax.kernels.table import make_kernels
@@ -41,6 +42,10 @@ class QwenMoe(Generator):
         *,
         attention_mask: Any = None,
         enable_thinking: bool | None = None,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         states_at: Sequence[int] = (-1,),
         **options: Any,
     ) -> Run:
@@ -54,7 +59,8 @@ class QwenMoe(Generator):
             edit: name or pattern -> function that replaces the value, given it as a jax array [batch, seq,
                 ...] and, if it takes two arguments, `model.taps.Tokens`; `qwen_moe_jax.experiments` has
                 some. A function is traced, so an equal run should be given the same function object.
-            attention_mask, enable_thinking: as of `generate`.
+            attention_mask, enable_thinking, tools, chat_template_kwargs, continue_final_message,
+                add_generation_prompt: as of `generate`.
             states_at: positions behind which "state" is captured; negative ones count from a row's end.
             **options: with `max_new_tokens`, fields of `GenerationConfig`: the texts are continued first,
                 with the edits, and then run with their continuations, which gives each step's values.
@@ -63,7 +69,14 @@ class QwenMoe(Generator):
             InputError: as of `generate`; a name that is none; attention weights that are too many.
         """
         wanted = self._laboratory.chosen(capture)
-        batch = self._rows(prompt, attention_mask, template_options(enable_thinking))
+        template = template_options(
+            enable_thinking=enable_thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+        )
+        batch = self._rows(prompt, attention_mask, template)
         rows = list(batch.rows)
         if options:
             if "max_new_tokens" not in options:

@@ -21,11 +21,13 @@ class PromptBatch:
         rows: one int32 array of token ids a row.
         offsets: where each row begins in the array it came from; 0 unless left-padded.
         width: columns of that array, or the longest row.
+        chats: of chats, their texts; None for other prompts.
     """
 
     rows: list[np.ndarray]
     offsets: list[int]
     width: int
+    chats: list[str] | None = None
 
 
 def to_rows(
@@ -57,8 +59,12 @@ def to_rows(
             raise InputError(
                 "the prompt is a chat, but this checkpoint has no chat template; give text or ids."
             )
-        prompt = [chat_template.render(chat, **(template_options or {})) for chat in chats]
-    elif template_options:
+        texts = [chat_template.render(chat, **(template_options or {})) for chat in chats]
+        if tokenizer is None:
+            raise InputError("the prompt is a chat, but this checkpoint has no tokenizer.json; give ids.")
+        batch = _batch([tokenizer.encode(text) for text in texts], vocab_size)
+        return dataclasses.replace(batch, chats=texts)
+    if template_options:
         raise InputError(
             f"{', '.join(template_options)} only applies to chat messages, and the prompt is none."
         )

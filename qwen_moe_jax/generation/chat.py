@@ -10,9 +10,9 @@ import jinja2
 import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.generation.template_limits import BoundedEnvironment, TemplateLimitError
 from qwen_moe_jax.generation.tokenizer import read_tokenizer_config
 
 
@@ -62,7 +62,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _tojson
@@ -74,6 +74,7 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the chat template does not parse (line {error.lineno}: {error})."
             ) from None
+        self._environment = environment
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
@@ -149,11 +150,16 @@ class ChatTemplate:
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
         try:
-            return self._template.render(
+            return self._environment.render(
+                self._template,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None} | self._special_tokens | variables,
             )
+        except TemplateLimitError as error:
+            raise InputError(f"the checkpoint's chat template {error}.") from None
+        except RecursionError:
+            raise InputError("the checkpoint's chat template calls itself without end.") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InputError(f"the checkpoint's chat template refuses these messages: {error}.") from None
 
@@ -178,6 +184,52 @@ class ChatTemplate:
         return before
 
 
+def template_options(
+    *,
+    enable_thinking: bool | None = None,
+    tools: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
+    add_generation_prompt: bool = True,
+) -> dict[str, Any]:
+    """What `ChatTemplate.render` is given beside the messages: those that say something.
+
+    Args:
+        enable_thinking: handed to the template.
+        tools: functions that the model may call, each a JSON schema in OpenAI's form.
+        chat_template_kwargs: further variables of the template.
+        continue_final_message: continue the last message instead of opening another one.
+        add_generation_prompt: open the assistant's turn.
+
+    Raises:
+        InputError: tools or variables of another form.
+    """
+    found: dict[str, Any] = {}
+    if chat_template_kwargs is not None:
+        if not isinstance(chat_template_kwargs, Mapping):
+            raise InputError(f"chat_template_kwargs is {chat_template_kwargs!r}; expected a dict.")
+        found |= chat_template_kwargs
+    if enable_thinking is not None:
+        found["enable_thinking"] = enable_thinking
+    if tools is not None:
+        if not isinstance(tools, Sequence) or not all(map(_is_tool, tools)):
+            raise InputError(
+                "tools is a list of functions, each {'type': 'function', 'function': {'name': ..., "
+                "'parameters': {...}}}."
+            )
+        found["tools"] = list(tools) or None
+    if continue_final_message:
+        found |= {"continue_final_message": True, "add_generation_prompt": False}
+    elif not add_generation_prompt:
+        found["add_generation_prompt"] = False
+    return found
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
 def check_messages(messages: Any) -> None:
     """Raises InputError unless `messages` is a list of chat messages of text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -186,7 +238,7 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"message {number} is {message!r}; expected a dict with 'role' and 'content'.")
         content = message.get("content")
-        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        if content is None or isinstance(content, str):
             continue
         if not isinstance(content, Sequence):
             raise InputError(f"message {number} has content {content!r}; expected text.")

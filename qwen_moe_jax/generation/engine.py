@@ -17,6 +17,7 @@ from qwen_moe_jax.engine.core import Core, Job
 from qwen_moe_jax.errors import EngineError, InputError
 from qwen_moe_jax.formats.cache import PAGE, pages_for
 from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput
 from qwen_moe_jax.generation.stopping import Row
@@ -33,6 +34,7 @@ class Asked:
         end_ids: tokens that end a text.
         seed: of this prompt.
         draft_tokens: that a step verifies at most.
+        reply: how the reply to a chat is told apart; None for other prompts.
     """
 
     ids: np.ndarray
@@ -40,6 +42,7 @@ class Asked:
     end_ids: tuple[int, ...]
     seed: int
     draft_tokens: int
+    reply: ReplyForm | None = None
 
 
 class Model(Protocol):
@@ -153,7 +156,7 @@ class Engine:
         Args:
             prompt: a text, chat messages, or token ids.
             generation_config: how; see `GenerationConfig`.
-            **options: its fields, which override it, and for chats `enable_thinking`.
+            **options: its fields, which override it, and for chats those of `chat.template_options`.
 
         Raises:
             InputError: several prompts, or as for `QwenMoe.generate`; a prompt that with its new tokens never
@@ -262,6 +265,7 @@ class Engine:
             self,
             logprobs=config.return_logprobs,
             texts=tokenizer is not None,
+            reply=asked.reply,
         )
         job = Job(
             prompt=asked.ids,

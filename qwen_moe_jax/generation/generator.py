@@ -1,6 +1,7 @@
 """`Generator`: logits and text of a loaded model."""
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from qwen_moe_jax.engine.scoring import Scored, Scorer
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
+from qwen_moe_jax.generation.chat import template_options
 from qwen_moe_jax.generation.engine import Asked, Engine
 from qwen_moe_jax.generation.model import LoadedModel
 from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 
@@ -72,6 +75,10 @@ class Generator(LoadedModel):
         *,
         attention_mask: Any = None,
         enable_thinking: bool | None = None,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         edit: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> GenerationOutput:
@@ -82,7 +89,8 @@ class Generator(LoadedModel):
                 or lists of token ids.
             generation_config: how; see `GenerationConfig`.
             attention_mask: 0/1 like an array prompt; pads may stand left or right of a row's tokens.
-            enable_thinking: handed to the chat template (chats only).
+            enable_thinking, tools, chat_template_kwargs, continue_final_message, add_generation_prompt: of
+                chats, as of `chat.template_options`; with tools, `out.messages` has the calls of a reply.
             edit: point -> function that replaces its value, as of `QwenMoe.run`; nothing is drafted then.
             **options: fields of `GenerationConfig`; they override `generation_config`.
 
@@ -91,9 +99,16 @@ class Generator(LoadedModel):
                 room in the context, an unknown or contradictory option.
         """
         config = self._options(generation_config, options)
-        batch = self._rows(prompt, attention_mask, template_options(enable_thinking))
+        template = template_options(
+            enable_thinking=enable_thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+        )
+        batch = self._rows(prompt, attention_mask, template)
         began = time.perf_counter()
-        requests = self._own_engine(edit).start(self._asked(batch, config))
+        requests = self._own_engine(edit).start(self._asked(batch, config, tools))
         try:
             found = [request.result() for request in requests]
         finally:  # an error, or Ctrl-C: nothing goes on behind it
@@ -143,7 +158,6 @@ class Generator(LoadedModel):
         generation_config: GenerationConfig | None = None,
         *,
         attention_mask: Any = None,
-        enable_thinking: bool | None = None,
         **options: Any,
     ) -> Iterator[Piece]:
         """Continues one prompt, yielding a piece for each token as it is decided.
@@ -151,8 +165,11 @@ class Generator(LoadedModel):
         The pieces' texts add up to the text that `generate` returns. Arguments and errors are
         `generate`'s; errors come with the call, not with the first piece.
         """
+        template, tools = _template_of(options)
         config = self._options(generation_config, options)
-        batch = self._rows(prompt, attention_mask, template_options(enable_thinking))
+        batch = self._rows(prompt, attention_mask, template)
+        if config.top_logprobs or config.prompt_logprobs is not None:
+            raise InputError("stream gives each token's logprob only; use generate for the likeliest ones.")
         if len(batch.rows) != 1 or config.num_return_sequences != 1:
             raise InputError(
                 f"stream takes one prompt and one sequence, and was given {len(batch.rows)} prompts with "
@@ -160,7 +177,7 @@ class Generator(LoadedModel):
             )
         if self.tokenizer is None:
             raise InputError("stream yields text, but this checkpoint has no tokenizer.json; use generate.")
-        request = self._own_engine().start(self._asked(batch, config), one_by_one=True)[0]
+        request = self._own_engine().start(self._asked(batch, config, tools), one_by_one=True)[0]
         return _pieces(request)
 
     def engine(
@@ -256,19 +273,34 @@ class Generator(LoadedModel):
         Raises:
             InputError: as for `generate`.
         """
-        enable_thinking = options.pop("enable_thinking", None)
+        template, tools = _template_of(options)
         mask = options.pop("attention_mask", None)
         checked = self._options(config, options)
-        return self._asked(self._rows(prompt, mask, template_options(enable_thinking)), checked)
+        for name in ("top_logprobs", "prompt_logprobs"):
+            if getattr(checked, name) != getattr(GenerationConfig, name):
+                raise InputError(
+                    f"{name} is {getattr(checked, name)}, which generate gives, and a request to an "
+                    f"engine does "
+                    "not; use generate, or score for the texts that it gave."
+                )
+        return self._asked(self._rows(prompt, mask, template), checked, tools)
 
-    def _asked(self, batch: PromptBatch, config: GenerationConfig) -> list[Asked]:
+    def _asked(self, batch: PromptBatch, config: GenerationConfig, tools: Any = None) -> list[Asked]:
         self._check_length(batch, config.max_new_tokens)
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
         seeds = config.seeds(len(batch.rows))
         drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
+        chats = batch.chats or [None] * len(batch.rows)
         return [
-            Asked(ids=row, config=config, end_ids=end_ids, seed=seed, draft_tokens=drafts)
-            for row, seed in zip(batch.rows, seeds, strict=True)
+            Asked(
+                ids=row,
+                config=config,
+                end_ids=end_ids,
+                seed=seed,
+                draft_tokens=drafts,
+                reply=None if chat is None else ReplyForm.behind(chat, tools or ()),
+            )
+            for row, seed, chat in zip(batch.rows, seeds, chats, strict=True)
         ]
 
 
@@ -280,11 +312,6 @@ def _likeliest(scored: Scored) -> list[dict[int, float]]:
     ]
 
 
-def template_options(enable_thinking: bool | None) -> dict[str, Any]:
-    """What the chat template is given beside the messages."""
-    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-
-
 def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:
     """Several prompts' results as one."""
     ended = max(request.ended or began for request in requests)
@@ -292,6 +319,7 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
     return GenerationOutput(
         sequences=[row for out in found for row in out.sequences],
         texts=None if found[0].texts is None else [text for out in found for text in out.texts or ()],
+        messages=None if found[0].messages is None else [m for out in found for m in out.messages or ()],
         finish_reasons=[reason for out in found for reason in out.finish_reasons],
         logprobs=None if found[0].logprobs is None else [row for out in found for row in out.logprobs or ()],
         usage=Usage(
@@ -304,6 +332,13 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
             decode_seconds=ended - first,
         ),
     )
+
+
+def _template_of(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """(what the chat template is given, tools), taken out of options."""
+    names = [name for name in inspect.signature(template_options).parameters if name in options]
+    given = {name: options.pop(name) for name in names}
+    return template_options(**given), given.get("tools")
 
 
 def _pieces(request: Request) -> Iterator[Piece]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
 from qwen_moe_jax.errors import EngineError
+from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 from qwen_moe_jax.generation.stopping import Row
 
@@ -35,7 +36,17 @@ class Request:
             one; None before.
     """
 
-    def __init__(self, rows: list[Row], prompt_tokens: int, runner: Runner, *, logprobs: bool, texts: bool):
+    def __init__(
+        self,
+        rows: list[Row],
+        prompt_tokens: int,
+        runner: Runner,
+        *,
+        logprobs: bool,
+        texts: bool,
+        reply: ReplyForm | None = None,
+    ):
+        self._reply = reply
         self.prompt_tokens = prompt_tokens
         self.started = time.perf_counter()
         self.first_token: float | None = None
@@ -119,6 +130,9 @@ class Request:
         return GenerationOutput(
             sequences=[row.tokens for row in self._rows],
             texts=[row.text or "" for row in self._rows] if self._texts else None,
+            messages=None
+            if self._reply is None
+            else [self._reply.message_of(row.text or "") for row in self._rows],
             finish_reasons=[str(row.finish_reason) for row in self._rows],
             logprobs=[row.logprobs for row in self._rows] if self._logprobs else None,
             usage=Usage(

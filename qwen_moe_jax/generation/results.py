@@ -1,6 +1,8 @@
 """What generation returns."""
 
 import dataclasses
+import html
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class GenerationOutput:
             cancelled, "cancelled".
         logprobs: natural-log probability of each token under the model's own distribution, before
             penalties and filters; None unless asked for.
+        messages: of chats, each reply as a message, {"role": "assistant", "content": ...}, with
+            "reasoning_content" where it thought and "tool_calls" where it calls tools; None for other
+            prompts.
         top_logprobs: of each token, the likeliest ones in its place -> log-probability, best first; None
             unless asked for. Of a pass over the whole text: equal to `logprobs` within rounding.
         prompt_logprobs: of each prompt, each token's log-probability after those before it (None for the
@@ -51,9 +56,22 @@ class GenerationOutput:
     finish_reasons: list[str]
     logprobs: list[list[float]] | None
     usage: Usage
+    messages: list[dict[str, Any]] | None = None
     top_logprobs: list[list[dict[int, float]]] | None = None
     prompt_logprobs: list[list[float | None]] | None = None
     prompt_top_logprobs: list[list[dict[int, float]]] | None = None
+
+    def _repr_html_(self) -> str:
+        shown = self.texts if self.texts is not None else [" ".join(map(str, row)) for row in self.sequences]
+        rows = "".join(
+            f"<tr><td>{number}</td><td style='text-align:left;white-space:pre-wrap'>{html.escape(text)}</td>"
+            f"<td>{len(tokens)}</td><td>{reason}</td></tr>"
+            for number, (text, tokens, reason) in enumerate(
+                zip(shown, self.sequences, self.finish_reasons, strict=True)
+            )
+        )
+        head = "<tr><th></th><th style='text-align:left'>text</th><th>tokens</th><th>end</th></tr>"
+        return f"<table>{head}{rows}</table>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Parts, in order: the machine; what its memory and matrix units do; the checkpoint in float32 and bfloat16, the
 table's implementations against plain XLA and against stored results of a CPU; decode; one large mixture of
-experts; every kernel; several devices against one. Each is caught by itself. `docs/guides/amd.md` says what for.
+experts; every kernel; several devices against one. Each is caught by itself. `docs/guides/amd.md` says what
+for.
 """
 
 import argparse
