@@ -97,7 +97,7 @@ def main() -> None:
     from qwen_moe_jax.host import processor_says
 
     if args.always:
-        decoding.worth_of = lambda kernels: 0.0
+        decoding.draft_cost = lambda kernels: 0.0
     plain, choose = load(args.folder, 0), row_updates._choose
     found: dict[str, Any] = {
         "processor": processor_says("model name"),

@@ -135,9 +135,7 @@ class Deployment:
         return self._pools(self.rows * pages_for(self.context), self.rows)
 
     def _drafts(self, rows: int) -> Drafts:
-        return jax.tree.map(
-            lambda x: self._given(x.dtype, *x.shape), no_drafts(rows, self.draft_tokens, worth=0.0)
-        )
+        return jax.tree.map(lambda x: self._given(x.dtype, *x.shape), no_drafts(rows, self.draft_tokens))
 
     def _pools(self, pages: int, slots: int) -> Layers:
         held, compute = self.policy.matrix, self.policy.compute

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_moe_jax.engine.drafting import worth_of
+from qwen_moe_jax.engine.drafting import draft_cost
 from qwen_moe_jax.engine.forward import Forward
 from qwen_moe_jax.engine.row_updates import (
     Given,
@@ -73,7 +73,12 @@ def decode(
 ) -> tuple[Layers, States, RowStates, jax.Array | None, Block]:
     """See `Steps.decode`; `only` "decode" or "verify" leaves out the passes of the other kind."""
     start, table, room = model.by_row(
-        partial(enter, worth=worth_of(model.kernels)), states, roster, entries, tables, capacity
+        enter,
+        states,
+        roster,
+        entries,
+        tables,
+        capacity,
     )
     given = Given(roster, table, room, start.emitted)
     most = BLOCK_STEPS * (model.draft_tokens + 1)
@@ -172,8 +177,8 @@ def _verified(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     blank = model.by_row(lambda rows: jnp.zeros_like(rows.drafts.tokens), after)
     begin = hidden_last, token, blank, drafter
     _, _, drafts, drafter = lax.fori_loop(0, model.draft_tokens, one_draft, begin)
-    worth = worth_of(model.kernels)
-    after = model.by_row(partial(redrafted, worth=worth), rows, after, given, drafts)
+    cost = draft_cost(model.kernels)
+    after = model.by_row(partial(redrafted, cost=cost), rows, after, given, drafts)
     return _Carry(carry.step + 1, layers + drafter.layers, snapshots, after, seen, said)
 
 

@@ -72,8 +72,6 @@ def enter(
     entries: Entries,
     tables: jax.Array,
     capacity: jax.Array,
-    *,
-    worth: float,
 ) -> tuple[RowStates, jax.Array, jax.Array]:
     """The rows of a step out of their slots, or as the host says; their tables and capacities."""
     held = roster.slots < states.token.shape[0]
@@ -84,7 +82,7 @@ def enter(
 
     drafts = states.drafts
     if drafts is not None:
-        fresh = no_drafts(held.shape[0], drafts.tokens.shape[1], worth)
+        fresh = no_drafts(held.shape[0], drafts.tokens.shape[1])
         drafts = jax.tree.map(lambda kept, new: of_row(kept, jnp.asarray(new)), drafts, fresh)
     rows = RowStates(
         token=of_row(states.token, entries.token),
@@ -229,14 +227,14 @@ def drawn(
 
 
 def redrafted(
-    before: RowStates, rows: RowStates, given: Given, tokens: jax.Array, *, worth: float
+    before: RowStates, rows: RowStates, given: Given, tokens: jax.Array, *, cost: float
 ) -> RowStates:
     """The rows with their new drafts, where they go on making any."""
     assert before.drafts is not None
     emitted = rows.emitted - before.emitted
     used = _used(before, given)
     verified = drafting(before, given)
-    drafts = after_step(before.drafts, used, emitted, worth)
+    drafts = after_step(before.drafts, used, emitted, cost)
     rested = after_token(before.drafts, emitted)  # those that rest beside others that are verified
     count = jnp.where(drafts.rest == 0, tokens.shape[1], 0)
     drafts = dataclasses.replace(drafts, tokens=tokens, count=count)

@@ -79,6 +79,6 @@ def empty_states(slots: int, draft_tokens: int = 0) -> RowStates:
         draft_tokens: most drafts a step; 0 for a model without drafter.
     """
     token, length, emitted = (np.zeros(slots, np.int32) for _ in range(3))
-    drafts = no_drafts(slots, draft_tokens, 0.0) if draft_tokens else None
+    drafts = no_drafts(slots, draft_tokens) if draft_tokens else None
     arrays: Any = token, length, emitted, np.ones(slots, bool), drafts
     return RowStates(*arrays)
