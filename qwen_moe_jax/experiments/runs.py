@@ -78,7 +78,7 @@ class Run:
         return lines
 
 
-class Laboratory:
+class CompiledPasses:
     """The compiled passes of one model, with and without edits; those of late are kept."""
 
     def __init__(self, forward: Forward):

@@ -31,7 +31,7 @@ class QwenMoe(Generator):
     def points(self) -> dict[str, str]:
         """Where values can be captured and replaced: name -> what it is, with its axes."""
         return {
-            name: f"{point.what} ({', '.join(point.axes)})" for name, point in self._laboratory.points.items()
+            name: f"{point.what} ({', '.join(point.axes)})" for name, point in self._passes.points.items()
         }
 
     def run(
@@ -68,7 +68,7 @@ class QwenMoe(Generator):
         Raises:
             InputError: as of `generate`; a name that is none; attention weights that are too many.
         """
-        wanted = self._laboratory.chosen(capture)
+        wanted = self._passes.chosen(capture)
         template = template_options(
             enable_thinking=enable_thinking,
             tools=tools,
@@ -101,7 +101,7 @@ class QwenMoe(Generator):
                 [self.tokenizer.decode([token], skip_special_tokens=False) for token in row.tolist()]
                 for row in rows
             ]
-        return self._laboratory.run(rows, lengths, wanted, edit, list(states_at), texts)
+        return self._passes.run(rows, lengths, wanted, edit, list(states_at), texts)
 
     def logit_lens(self, run: Run, row: int = 0) -> Lens:
         """What each layer of a run that captured "layers.*.residual_out" would say next.

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,6 @@ from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
-
-if TYPE_CHECKING:
-    pass
 
 # Sets of edits whose compiled scoring is kept.
 _SCORERS = 4
@@ -144,11 +141,11 @@ class Generator(LoadedModel):
 
     def _scorer(self, edit: Mapping[str, Any] | None) -> Scorer:
         """The compiled steps of scoring, with edits; the last few are kept."""
-        key = self._laboratory.key_of(edit)
+        key = self._passes.key_of(edit)
         if key not in self._scorers:
             while len(self._scorers) >= _SCORERS:
                 del self._scorers[next(iter(self._scorers))]
-            forward = self._laboratory.forward(edit) if edit else self._steps.forward.edited({})
+            forward = self._passes.forward(edit) if edit else self._steps.forward.edited({})
             self._scorers[key] = Scorer(forward)
         return self._scorers[key]
 
@@ -219,11 +216,11 @@ class Generator(LoadedModel):
             if self._engine is None:
                 self._engine = self.engine()
             return self._engine
-        key = self._laboratory.key_of(edit)
+        key = self._passes.key_of(edit)
         if self._edited is None or self._edited[0] != key:
             if self._edited is not None:
                 self._edited[1].close()
-            self._edited = key, self._engine_of(Steps(self._laboratory.forward(edit)))
+            self._edited = key, self._engine_of(Steps(self._passes.forward(edit)))
         return self._edited[1]
 
     def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:

@@ -20,7 +20,7 @@ from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.engine.scoring import Scorer
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.experiments.runs import Laboratory
+from qwen_moe_jax.experiments.runs import CompiledPasses
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
 from qwen_moe_jax.generation.describe import ModelDescription, describe_model
@@ -80,7 +80,7 @@ class LoadedModel:
         self.sequence_logits = SequenceLogits(loaded.forward)
         self.draft_tokens = loaded.forward.draft_tokens
         self._steps = Steps(loaded.forward)
-        self._laboratory = Laboratory(loaded.forward)
+        self._passes = CompiledPasses(loaded.forward)
         self._scorers: dict[tuple[Any, ...], Scorer] = {}
         self._decoder = decoder
         self._parameters = loaded.forward.parameters
