@@ -233,10 +233,14 @@ class Generator(LoadedModel):
                 f"draft_tokens is {config.draft_tokens}, and this model drafts at most {most}; load a "
                 f"checkpoint with multi-token prediction, with draft_tokens={config.draft_tokens}."
             )
-        outside = [i for i in config.eos_ids or () if not 0 <= i < self.config.vocab_size]
+        outside = [
+            i
+            for i in (*(config.eos_ids or ()), *config.stop_token_ids)
+            if not 0 <= i < self.config.vocab_size
+        ]
         if outside:
             raise InputError(
-                f"eos_token_id {outside[0]} is outside the vocabulary of {self.config.vocab_size}."
+                f"the end token {outside[0]} is outside the vocabulary of {self.config.vocab_size}."
             )
         if config.stops and self.tokenizer is None:
             raise InputError(
@@ -285,6 +289,7 @@ class Generator(LoadedModel):
     def _asked(self, batch: PromptBatch, config: GenerationConfig, tools: Any = None) -> list[Asked]:
         self._check_length(batch, config.max_new_tokens)
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
+        end_ids = tuple(dict.fromkeys((*end_ids, *config.stop_token_ids)))
         seeds = config.seeds(len(batch.rows))
         drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
         chats = batch.chats or [None] * len(batch.rows)

@@ -9,6 +9,15 @@ from qwen_moe_jax.engine.sampling import RowSampling
 from qwen_moe_jax.errors import InputError
 
 # Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
+# What the model cards of Qwen3.5 recommend ("Best Practices", Qwen/Qwen3.5-35B-A3B), by name.
+PRESETS: dict[str, dict[str, Any]] = {
+    "thinking": {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 1.5},
+    "thinking-coding": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 0.0},
+    "non-thinking": {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5},
+    "non-thinking-reasoning": {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
+}
+for _values in PRESETS.values():
+    _values |= {"do_sample": True, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": _values.get("top_k", 20)}
 MOST_LIKELIEST = 20  # tokens that are named in a place, at most
 SMALLEST = 1e-6
 LARGEST = 1e6
@@ -30,6 +39,8 @@ class GenerationConfig:
         presence_penalty: subtracted once from the logits of tokens generated so far.
         frequency_penalty: subtracted from a token's logit for each time it was generated.
         eos_token_id: ids that end a text; None means the checkpoint's own, an empty list none.
+        stop_token_ids: further ids that end a text, beside `eos_token_id`.
+        ignore_eos: no end-of-text token ends a text, not even the checkpoint's own.
         stop_strings: texts that end a text, wherever token boundaries fall.
         num_return_sequences: samples for each prompt.
         seed: one for all prompts or one for each. A row's sample depends on its own seed, its number
@@ -53,6 +64,8 @@ class GenerationConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     eos_token_id: int | Sequence[int] | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
     stop_strings: str | Sequence[str] | None = None
     num_return_sequences: int = 1
     seed: int | Sequence[int] = 0
@@ -68,11 +81,17 @@ class GenerationConfig:
             _check_greedy(self)
 
     def override(self, **changes: Any) -> "GenerationConfig":
-        """A copy with some fields changed.
+        """A copy with some fields changed; `preset` is a name of `PRESETS`, whose fields others override.
 
         Raises:
             InputError: a name that is no field (the nearest one is suggested), or a bad value.
         """
+        if changes.get("preset") is not None:
+            preset = changes.pop("preset")
+            if preset not in PRESETS:
+                raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+            changes = PRESETS[preset] | changes
+        changes.pop("preset", None)
         names = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in names:
@@ -84,6 +103,8 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
         """`eos_token_id` as a tuple; None means the checkpoint's own."""
+        if self.ignore_eos:
+            return ()
         if self.eos_token_id is None:
             return None
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
@@ -104,6 +125,9 @@ class GenerationConfig:
         """
         names = {field.name for field in dataclasses.fields(RowSampling)} - {"seed", "sequence_index"}
         values = {name: getattr(self, name) for name in names}
+        if self.temperature == 0:  # the most likely token, as without do_sample
+            values |= {"do_sample": False, "temperature": 1.0}
+        values["top_k"] = max(0, values["top_k"])
         return RowSampling(**values, seed=seed, sequence_index=sequence_index)
 
     def seeds(self, prompts: int) -> list[int]:
@@ -153,7 +177,9 @@ def _check_types(c: GenerationConfig) -> None:
     _require(inside is None or _is_int(inside), "prompt_logprobs", inside, "an integer, or None")
     drafts = c.draft_tokens
     _require(drafts is None or _is_int(drafts), "draft_tokens", drafts, "an integer, or None")
-    for name in ("do_sample", "return_logprobs"):
+    stop_ids = c.stop_token_ids
+    _require(_is_list_of(stop_ids, _is_int), "stop_token_ids", stop_ids, "a list of token ids")
+    for name in ("do_sample", "return_logprobs", "ignore_eos"):
         _require(isinstance(getattr(c, name), bool), name, getattr(c, name), "True or False")
     eos = c.eos_token_id
     eos_ok = eos is None or _is_int(eos) or _is_list_of(eos, _is_int)
@@ -172,12 +198,12 @@ def _check_ranges(c: GenerationConfig) -> None:
     _require(c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1")
     _require(c.num_return_sequences >= 1, "num_return_sequences", c.num_return_sequences, "at least 1")
     span = f"a number from {SMALLEST:g} to {LARGEST:g}"
-    hint = f"{span} (for the most likely token, leave do_sample False)"
-    _require(SMALLEST <= c.temperature <= LARGEST, "temperature", c.temperature, hint)
+    hot = c.temperature == 0 or SMALLEST <= c.temperature <= LARGEST
+    _require(hot, "temperature", c.temperature, f"0 (the most likely token) or {span}")
     for name in ("top_logprobs", "prompt_logprobs"):
         value = getattr(c, name)
         _require(0 <= (value or 0) <= MOST_LIKELIEST, name, value, f"0 to {MOST_LIKELIEST}")
-    _require(c.top_k >= 0, "top_k", c.top_k, "0 (keep all) or more")
+    _require(c.top_k >= -1, "top_k", c.top_k, "0 or -1 (keep all) or more")
     _require((c.draft_tokens or 0) >= 0, "draft_tokens", c.draft_tokens, "0 (none) or more")
     _require(0 < c.top_p <= 1, "top_p", c.top_p, "a number above 0 and at most 1")
     _require(0 <= c.min_p < 1, "min_p", c.min_p, "a number from 0 to below 1")
@@ -190,7 +216,10 @@ def _check_ranges(c: GenerationConfig) -> None:
 def _check_greedy(c: GenerationConfig) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for name in ("temperature", "top_k", "top_p", "min_p"):
-        if getattr(c, name) != defaults[name]:
+        if getattr(c, name) not in (
+            defaults[name],
+            {"temperature": 0, "top_k": -1}.get(name, defaults[name]),
+        ):
             raise InputError(
                 f"{name} is {getattr(c, name)!r} but do_sample is False, so it would have no effect; "
                 "give do_sample=True as well."

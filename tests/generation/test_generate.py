@@ -228,7 +228,7 @@ def test_forty_prompt_lengths_and_other_options_compile_nothing_new(model):
         ("", {}, "prompt 0 is empty"),
         ([], {}, "prompt is empty"),
         ([[1, VOCAB]], {}, f"token id {VOCAB} is outside"),
-        ([[1]], {"eos_token_id": VOCAB}, f"eos_token_id {VOCAB} is outside"),
+        ([[1]], {"eos_token_id": VOCAB}, f"the end token {VOCAB} is outside"),
         ([[1]], {"temprature": 1.0}, "did you mean 'temperature'"),
         ([[1]], {"temperature": 0.5}, "give do_sample=True"),
         ([[1], [2]], {"seed": [1]}, "seed holds 1 values for 2 prompts"),

@@ -11,8 +11,8 @@ from qwen_moe_jax.generation.options import GenerationConfig
 BAD = {
     "max_new_tokens": [0, -1, 1.5, True, "8", None],
     "do_sample": [1, 0, None, "yes"],
-    "temperature": [0, 0.0, -1.0, math.inf, math.nan, 1e-9, 1e39, "1", None, True],
-    "top_k": [-1, 2.0, True, None],
+    "temperature": [-1.0, math.inf, math.nan, 1e-9, 1e39, "1", None, True],
+    "top_k": [-2, 2.0, True, None],
     "top_p": [0, -0.1, 1.1, math.nan, "0.9", None],
     "min_p": [-0.1, 1, 1.5, math.nan, None],
     "repetition_penalty": [0, -1.0, math.inf, math.nan, 1e-40, 1e39, None],
@@ -118,3 +118,23 @@ def test_limits_of_every_range_are_accepted():
     )
     GenerationConfig(do_sample=True, temperature=1e6, top_k=2**40, top_p=1e-9, min_p=0.999)
     GenerationConfig(presence_penalty=-1e6, frequency_penalty=1e6, repetition_penalty=1e-6)
+
+
+def test_options_mean_what_they_mean_elsewhere() -> None:
+    drawn = GenerationConfig(do_sample=True, temperature=0.7, top_k=-1)
+    assert drawn.row_sampling(0, 0).top_k == 0
+    cold = GenerationConfig(do_sample=True, temperature=0)
+    assert cold.row_sampling(0, 0).greedy
+    assert GenerationConfig(temperature=0, top_k=-1).row_sampling(0, 0).greedy
+    assert GenerationConfig(eos_token_id=3, ignore_eos=True).eos_ids == ()
+    for ids in (3, "a", [1.5], None):
+        with pytest.raises(InputError, match="stop_token_ids is"):
+            GenerationConfig(stop_token_ids=ids)
+
+
+def test_presets_are_the_model_cards_and_give_way_to_what_is_said_beside_them() -> None:
+    config = GenerationConfig().override(preset="thinking-coding", top_p=0.9)
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.6, 0.9, 20)
+    assert GenerationConfig().override(preset="non-thinking").presence_penalty == 1.5
+    with pytest.raises(InputError, match="preset is 'fast'; expected one of thinking, "):
+        GenerationConfig().override(preset="fast")
