@@ -11,6 +11,10 @@ from qwen_moe_jax.generation.options import GenerationConfig
 BAD = {
     "max_new_tokens": [0, -1, 1.5, True, "8", None],
     "do_sample": [1, 0, None, "yes"],
+    "top_logprobs": [-1, 21, 1.5, True, None],
+    "prompt_logprobs": [-1, 21, 1.5, True],
+    "stop_token_ids": [3, "a", [1.5], None],
+    "ignore_eos": [1, None],
     "temperature": [-1.0, math.inf, math.nan, 1e-9, 1e39, "1", None, True],
     "top_k": [-2, 2.0, True, None],
     "top_p": [0, -0.1, 1.1, math.nan, "0.9", None],
