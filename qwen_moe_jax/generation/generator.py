@@ -212,10 +212,17 @@ class Generator(LoadedModel):
 
     def _own_engine(self, edit: Mapping[str, Any] | None = None) -> Engine:
         """The one of `generate` and `stream`, made when it is first needed; one more for the last edits."""
+        alone = not self._steps.forward.memory_as_used  # pools take what is left: there is room for one
         if not edit:
+            if alone and self._edited is not None:
+                self._edited[1].close()
+                self._edited = None
             if self._engine is None:
                 self._engine = self.engine()
             return self._engine
+        if alone and self._engine is not None:
+            self._engine.close()
+            self._engine = None
         key = self._passes.key_of(edit)
         if self._edited is None or self._edited[0] != key:
             if self._edited is not None:
