@@ -82,6 +82,11 @@ def patch(captured: Any, positions: Positions = None) -> Edit:
         positions: None for all that it has.
     """
     given = np.asarray(captured)
+    if not np.issubdtype(given.dtype, np.floating) or given.ndim < 2:
+        raise InputError(
+            f"patch was given {given.dtype} of shape {list(given.shape)}; expected captured numbers, [batch, "
+            "position, ...] or [position, ...]."
+        )
 
     def edit(value: jax.Array, tokens: Tokens) -> jax.Array:
         stored = jnp.asarray(np.nan_to_num(given))

@@ -94,6 +94,8 @@ class CompiledPasses:
             InputError: a pattern that fits none.
         """
         found: set[str] = set()
+        if not isinstance(patterns, Iterable):
+            raise InputError(f"capture is {patterns!r}; expected names of points, as model.points().")
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if not isinstance(pattern, str):
                 raise InputError(f"capture names {pattern!r}; expected names of points, as model.points().")
@@ -119,7 +121,13 @@ class CompiledPasses:
         return found
 
     def key_of(self, asked: Mapping[str, Any] | None) -> tuple[Any, ...]:
-        """What tells one set of edits from another: equal functions for equal points."""
+        """What tells one set of edits from another: equal functions for equal points.
+
+        Raises:
+            InputError: no mapping.
+        """
+        if asked is not None and not isinstance(asked, Mapping):
+            raise InputError(f"edit is a {type(asked).__name__}; expected a dict, point -> function.")
         return tuple((asked or {}).items())
 
     def forward(self, asked: Mapping[str, Any] | None) -> Forward:
@@ -128,7 +136,7 @@ class CompiledPasses:
         Raises:
             InputError: as of `edits` and `Forward.edited`.
         """
-        if not asked:
+        if asked is None or asked == {}:
             return self._forward
         key = self.key_of(asked)
         if key not in self._forwards:

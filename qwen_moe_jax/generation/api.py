@@ -192,6 +192,8 @@ class QwenMoe(Generator):
         rows = self._rows(text, None, {}).rows
         if len(rows) != 1:
             raise InputError(f"perplexity takes one text, and was given {len(rows)}.")
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise InputError(f"window is {window!r}; expected a positive number of tokens.")
         most = min(window or 2048, self.config.max_position_embeddings - 1)
         windows = rolling_windows(rows[0].tolist(), self._prefix_id(), most)
         scored = self._scorer(edit)([c for c, _ in windows], [t for _, t in windows])

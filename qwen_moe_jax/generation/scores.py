@@ -67,6 +67,11 @@ def pairs_of(
     Raises:
         InputError: as there.
     """
+    for name, given in (("contexts", contexts), ("continuations", continuations)):
+        if not isinstance(given, str) and not hasattr(given, "__len__"):
+            raise InputError(f"{name} is {given!r}; expected texts or lists of token ids.")
+        if len(given) == 0 and not isinstance(given, str):
+            raise InputError(f"{name} is empty; expected texts or lists of token ids.")
     if isinstance(continuations, str) or _is_ids(continuations):
         continuations = [continuations]
     if isinstance(contexts, str) or _is_ids(contexts):

@@ -337,6 +337,8 @@ def test_what_cannot_be_captured_or_edited_is_said_in_a_sentence() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"capture": "layers.0.ruoter"}, "'layers.0.ruoter' fits no point; did you mean 'layers.0.router'"),
         ({"capture": [3]}, "expected names of points"),
+        ({"capture": None}, "capture is None"),
+        ({"edit": [1]}, "edit is a list; expected a dict"),
         ({"edit": {"layers.0.residual": 5}}, "expected a function"),
         ({"edit": {"layers.0.residual": lambda a, b, c: a}}, "takes 3 arguments"),
         ({"capture": "layers.*.state", "states_at": (9,)}, "states_at names 9"),

@@ -143,6 +143,8 @@ def test_perplexity_is_that_of_logits_and_needs_text() -> None:
         ((["a"], [""]), "continuation 0 is empty"),
         (([[1]], [[10**6]]), "outside the vocabulary"),
         ((["a"], [[1]]), "expected two texts or two lists"),
+        (("a", []), "continuations is empty"),
+        (("a", None), "continuations is None"),
     ):
         with pytest.raises(InputError, match=message):
             trained.score(*given)
