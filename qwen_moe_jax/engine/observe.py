@@ -93,8 +93,11 @@ class Observer:
         place = axes.index("position")
         parts = []
         for _, width, found in chunks:
-            parts.append(jax.tree.map(lambda x, w=width: np.take(x[:batch], range(w), place), found[name]))
-        joined = jax.tree.map(lambda *values: np.concatenate(values, axis=place), *parts)
+            cut = (slice(batch), *[slice(None)] * (place - 1), slice(width))
+            parts.append(jax.tree.map(lambda x, cut=cut: x[cut], found[name]))
+        joined = parts[0]  # views of what the device gave: nothing is copied that need not be
+        if len(parts) > 1:
+            joined = jax.tree.map(lambda *values: np.concatenate(values, axis=place), *parts)
         if "key" in axes:
             joined = joined[..., :longest]
         return joined

@@ -234,6 +234,8 @@ def _labels(texts: list[list[str]] | None, longest: int) -> dict[str, list[str]]
 
 def _blanked(value: np.ndarray, axes: tuple[str, ...], lengths: list[int]) -> np.ndarray:
     """NaN, or -1, behind the end of each row."""
+    if min(lengths) == max(lengths):
+        return value
     value = np.array(value)
     blank = -1 if np.issubdtype(value.dtype, np.integer) else np.nan
     for axis in ("position", "key"):
