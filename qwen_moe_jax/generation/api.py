@@ -59,8 +59,8 @@ class QwenMoe(Generator):
             edit: name or pattern -> function that replaces the value, given it as a jax array [batch, seq,
                 ...] and, if it takes two arguments, `model.taps.Tokens`; `qwen_moe_jax.experiments` has
                 some. A function is traced, so an equal run should be given the same function object.
-            attention_mask, enable_thinking, tools, chat_template_kwargs, continue_final_message,
-                add_generation_prompt: as of `generate`.
+            attention_mask, enable_thinking, tools, chat_template_kwargs: as of `generate`.
+            continue_final_message, add_generation_prompt: as of `generate`.
             states_at: positions behind which "state" is captured; negative ones count from a row's end.
             **options: with `max_new_tokens`, fields of `GenerationConfig`: the texts are continued first,
                 with the edits, and then run with their continuations, which gives each step's values.

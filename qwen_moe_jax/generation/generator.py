@@ -86,8 +86,9 @@ class Generator(LoadedModel):
                 or lists of token ids.
             generation_config: how; see `GenerationConfig`.
             attention_mask: 0/1 like an array prompt; pads may stand left or right of a row's tokens.
-            enable_thinking, tools, chat_template_kwargs, continue_final_message, add_generation_prompt: of
-                chats, as of `chat.template_options`; with tools, `out.messages` has the calls of a reply.
+            enable_thinking, tools, chat_template_kwargs: of chats, as of `chat.template_options`; with tools,
+                `out.messages` has the calls of a reply.
+            continue_final_message, add_generation_prompt: of chats, as there.
             edit: point -> function that replaces its value, as of `QwenMoe.run`; nothing is drafted then.
             **options: fields of `GenerationConfig`; they override `generation_config`.
 
