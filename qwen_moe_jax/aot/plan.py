@@ -8,7 +8,6 @@ measured: the order is that of upper bounds, so layouts that are close are to be
 import dataclasses
 import json
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from qwen_moe_jax.aot.drafting import DraftEstimate, draft_estimates
 from qwen_moe_jax.aot.minimum import Roofline, collective_bytes, least_work, roofline
 from qwen_moe_jax.checkpoint.inspect import size_in_words
-from qwen_moe_jax.checkpoint.layout import is_scale, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import count_parameters, parameter_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.engine.drafting import check_drafts
@@ -250,7 +249,7 @@ def plan(
         best = next(one for one, option in zip(layouts, options, strict=True) if option is fitting[0])
         drafts = draft_estimates(best, _POLICY, device, batch=batch, context=context - 1, most=draft_tokens)
     return Plan(
-        parameters=sum(prod(shape) for name, shape in parameter_shapes(config).items() if not is_scale(name)),
+        parameters=count_parameters(parameter_shapes(config)),
         device=device,
         count=count,
         batch=batch,

@@ -11,6 +11,7 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from qwen_moe_jax.checkpoint.block_scales import BLOCK, scale_shape
@@ -150,6 +151,11 @@ class KeyMap:
 
 
 TEXT_KEYS = KeyMap(canonical_name, hf_key, skipped_family)
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many there are; scales are part of what is stored, and no parameters."""
+    return sum(prod(shape) for name, shape in shapes.items() if not is_scale(name))
 
 
 def scale_name(name: str) -> str:

@@ -51,6 +51,16 @@ def is_orbax(folder: str | Path) -> bool:
     return (folder / ORBAX_FOLDER).is_dir() or (folder / ORBAX_PART).is_dir()
 
 
+def stored_names(folder: Path) -> list[str]:
+    """The names of all arrays in a whole checkpoint, by its manifest; no array is opened.
+
+    Raises:
+        CheckpointError: it is unfinished or damaged.
+    """
+    refuse_unfinished(folder)
+    return [name for names in read_manifest(folder / ORBAX_FOLDER, folder)[0].values() for name in names]
+
+
 def refuse_unfinished(folder: str | Path) -> None:
     """Raises CheckpointError if the folder's Orbax checkpoint is not whole; passes any other folder."""
     folder = Path(folder)

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, layer_shapes, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets, stored_arrays
-from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
 from qwen_moe_jax.checkpoint.reader import (
     Source,
     check_tied_head,
@@ -168,7 +168,7 @@ def read_part_targets(
 def holds_part(folder: Path, part: str) -> bool:
     """Whether a checkpoint holds a part; Orbax layout has multi-token prediction at most."""
     if is_orbax(folder):
-        return part == "mtp" and bool(stored_arrays(folder, mtp=True))
+        return part == "mtp" and any(name.startswith(PART_PREFIXES[part]) for name in stored_names(folder))
     keys = part_keys(part)
     return any(keys.name(key) is not None for key in stored_tensors(folder))
 

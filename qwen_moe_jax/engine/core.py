@@ -20,6 +20,7 @@ from qwen_moe_jax.engine.pools import PoolSizes
 from qwen_moe_jax.engine.rows import (
     BLOCK_STEPS,
     END_IDS,
+    MOVES,
     NO_PLACE,
     Block,
     Entries,
@@ -32,7 +33,7 @@ from qwen_moe_jax.engine.rows import (
 from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams, history
 from qwen_moe_jax.engine.scheduler import Scheduler
 from qwen_moe_jax.engine.shapes import prefill_shapes, row_buckets
-from qwen_moe_jax.engine.steps import MOVES, Steps
+from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
 # (number among the job's sequences, token, its log-probability) -> the sequence has ended.

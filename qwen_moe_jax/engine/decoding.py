@@ -72,14 +72,7 @@ def decode(
     only: str | None = None,
 ) -> tuple[Layers, States, RowStates, jax.Array | None, Block]:
     """See `Steps.decode`; `only` "decode" or "verify" leaves out the passes of the other kind."""
-    start, table, room = model.by_row(
-        enter,
-        states,
-        roster,
-        entries,
-        tables,
-        capacity,
-    )
+    start, table, room = model.by_row(enter, states, roster, entries, tables, capacity)
     given = Given(roster, table, room, start.emitted)
     most = BLOCK_STEPS * (model.draft_tokens + 1)
     count = roster.slots.shape[0]

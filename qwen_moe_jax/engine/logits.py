@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.shapes import cache_capacity, chunk_length, chunk_spans, right_pad
+from qwen_moe_jax.engine.shapes import cache_capacity, sequence_chunks
 from qwen_moe_jax.formats.cache import HybridCache
 
 
@@ -66,8 +66,7 @@ class SequenceLogits:
         longest = max(map(len, rows))
         rows = rows + [np.zeros(0, np.int32)] * (self.padded(len(rows)) - len(rows))
         cache = self.new_cache(len(rows), cache_capacity(longest))
-        for start, length in chunk_spans(longest, chunk_length(len(rows), self.forward.kernels)):
-            tokens, valid = right_pad([row[start : start + length] for row in rows], length)
+        for start, tokens, valid in sequence_chunks(rows, self.forward.kernels):
             chunk, cache = self(tokens, valid, cache)
             yield start, np.asarray(chunk[:, : longest - start])
 

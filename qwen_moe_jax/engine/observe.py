@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.shapes import cache_capacity, chunk_length, chunk_spans, right_pad
+from qwen_moe_jax.engine.shapes import cache_capacity, sequence_chunks
 from qwen_moe_jax.formats.cache import PAGE, HybridCache, pages_for
 from qwen_moe_jax.model.points import points_of
 
@@ -62,12 +62,11 @@ class Observer:
         cache = self._forward.new_cache(padded, cache_capacity(longest))
         logits: list[np.ndarray] = []
         chunks: list[tuple[int, int, dict[str, Any]]] = []
-        for start, length in chunk_spans(longest, chunk_length(padded, self._forward.kernels)):
-            tokens, valid = right_pad([row[start : start + length] for row in rows], length)
+        for start, tokens, valid in sequence_chunks(rows, self._forward.kernels):
             some, found, cache = self._run(
                 self._forward.parameters, cache=cache, tokens=tokens, valid=valid, at=at - start
             )
-            width = min(length, longest - start)
+            width = min(tokens.shape[1], longest - start)
             logits.append(np.asarray(some[:batch, :width]))
             chunks.append((start, width, jax.tree.map(np.asarray, found)))
         return np.concatenate(logits, axis=1), {
@@ -103,7 +102,7 @@ class Observer:
         return joined
 
 
-def most_attention(rows: int, heads: int, longest: int) -> int:
+def attention_elements(rows: int, heads: int, longest: int) -> int:
     """Elements of one layer's attention weights."""
     return rows * heads * longest * pages_for(longest) * PAGE
 

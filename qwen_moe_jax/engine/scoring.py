@@ -40,6 +40,13 @@ class Scored:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
+    def likeliest(self) -> list[dict[int, float]]:
+        """In each place, the k likeliest tokens -> log-probability, best first."""
+        return [
+            dict(zip(ids.tolist(), values.tolist(), strict=True))
+            for ids, values in zip(self.top_ids, self.top_logprobs, strict=True)
+        ]
+
 
 @dataclasses.dataclass
 class _Group:
@@ -47,6 +54,14 @@ class _Group:
 
     context: tuple[int, ...]
     numbers: list[int]
+
+
+@dataclasses.dataclass
+class _Pools:
+    """Those of the round before: most rounds need pools of the same sizes, and making them may compile."""
+
+    sizes: tuple[int, int] | None = None
+    layers: Layers = ()
 
 
 class Scorer:
@@ -77,12 +92,13 @@ class Scorer:
         ordered = sorted(groups.values(), key=lambda group: -len(group.context))
         found: dict[int, Scored] = {}
         ranks = self._forward.batch_multiple
+        pools = _Pools()
         for first in range(0, len(ordered), ranks):
-            found |= dict(self._round(ordered[first : first + ranks], continuations, top))
+            found |= dict(self._round(ordered[first : first + ranks], continuations, top, pools))
         return [found[number] for number in range(len(contexts))]
 
     def _round(
-        self, groups: Sequence[_Group], continuations: Sequence[Sequence[int]], top: int
+        self, groups: Sequence[_Group], continuations: Sequence[Sequence[int]], top: int, pools: _Pools
     ) -> Iterator[tuple[int, Scored]]:
         """One context of each data rank, with all its continuations."""
         ranks = self._forward.batch_multiple
@@ -94,7 +110,10 @@ class Scorer:
         # pages of the context, and of what is behind it in each row
         shared, own = pages_for(cache_capacity(before + 1)), pages_for(cache_capacity(longest) + PAGE)
         pages = shared + rows * own
-        layers = self._clear(layers=self._forward.new_layers(pages * ranks, (1 + rows) * ranks))
+        sizes = pages * ranks, (1 + rows) * ranks
+        if pools.sizes != sizes:
+            pools.sizes, pools.layers = sizes, self._forward.new_layers(*sizes)
+        layers = self._clear(layers=pools.layers)
         layers = self._prefill(layers, groups, shared, own, pages, 1 + rows)
         for first in range(0, max(map(len, texts)), rows):
             some = [one[first : first + rows] for one in texts]
@@ -102,6 +121,7 @@ class Scorer:
                 layers, groups, some, rows=rows, shared=shared, own=own, pages=pages, top=top
             )
             yield from found
+        pools.layers = layers
 
     def _prefill(
         self, layers: Layers, groups: Sequence[_Group], shared: int, own: int, pages: int, slots: int

@@ -84,6 +84,19 @@ def right_pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.n
     return ids, valid
 
 
+def sequence_chunks(
+    rows: Sequence[np.ndarray], kernels: Kernels
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Whole sequences, chunk by chunk: (start, ids and which are valid as of `right_pad`) of each.
+
+    Args:
+        rows: int32 ids, empty rows too; as many as are computed together.
+        kernels: what programs are compiled for, and with.
+    """
+    for start, length in chunk_spans(max(map(len, rows)), chunk_length(len(rows), kernels)):
+        yield start, *right_pad([row[start : start + length] for row in rows], length)
+
+
 def chunk_length(batch: int, kernels: Kernels) -> int:
     """Tokens a row in one prefill chunk: a power of two, fewer for larger batches.
 

@@ -16,8 +16,6 @@ from qwen_moe_jax.engine.forward import Forward
 from qwen_moe_jax.engine.rows import Block, Entries, Layers, Roster, RowStates, States
 from qwen_moe_jax.formats.cache import HybridCache, Placement
 
-MOVES = 8  # states that one call moves on a data rank, at most
-
 
 class Steps:
     """The compiled steps of one model.
@@ -30,10 +28,11 @@ class Steps:
         self.forward = forward
         jit = partial(jax.jit, compiler_options=forward.kernels.compiler_options)
         self._prefill = jit(partial(_prefill, forward), donate_argnames="layers")
-        self._decode_only = lambda only: jit(
-            partial(decode, forward, only=only), donate_argnames=("layers", "snapshots", "states", "seen")
+        self._decode = jit(
+            partial(decode, forward),
+            donate_argnames=("layers", "snapshots", "states", "seen"),
+            static_argnames="only",
         )
-        self._decode = self._decode_only(None)
         self._move = jit(forward.move_states, donate_argnums=0)
         self._remember = jit(partial(_remember, forward), donate_argnames="seen")
 
@@ -162,7 +161,7 @@ class Steps:
     ) -> jax.stages.Lowered:
         """The program of `decode` for greedy rows, of arguments without values; `only` its passes over one
         token ("decode") or those that verify drafts ("verify")."""
-        return self._decode_only(only).lower(
+        return self._decode.lower(
             self.forward.parameters,
             layers=layers,
             snapshots=snapshots,
@@ -173,6 +172,7 @@ class Steps:
             tables=tables,
             capacity=capacity,
             steps=jax.ShapeDtypeStruct((), jnp.int32),
+            only=only,
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.observe import Observer, most_attention
+from qwen_moe_jax.engine.observe import Observer, attention_elements
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.experiments.arrays import LabelledArray, RouterCapture
 from qwen_moe_jax.experiments.edits import as_edit
@@ -198,7 +198,7 @@ class CompiledPasses:
     def _check_attention(self, wanted: frozenset[str], rows: int, longest: int) -> None:
         layers = sum("key" in self.points[name].axes for name in wanted)
         heads = self._forward.decoder.config.num_attention_heads
-        count = layers * most_attention(rows, heads, longest)
+        count = layers * attention_elements(rows, heads, longest)
         if count > MOST_ATTENTION:
             raise InputError(
                 f"the attention weights of {layers} layers, {rows} rows and {longest} tokens are {count:,} "

@@ -13,11 +13,10 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.experiments.lens import Lens, logit_lens
 from qwen_moe_jax.experiments.runs import Run
 from qwen_moe_jax.formats.cache import empty_cache
-from qwen_moe_jax.generation.chat import template_options
-from qwen_moe_jax.generation.generator import Generator
+from qwen_moe_jax.generation.generator import Generator, template_of
 from qwen_moe_jax.generation.loading import whole_decoder
 from qwen_moe_jax.generation.scores import Score, pairs_of, rolling_windows
-from qwen_moe_jax.kernels.table import make_kernels
+from qwen_moe_jax.kernels.table import PLAIN, make_kernels
 from qwen_moe_jax.model.decoder import with_parameters
 from qwen_moe_jax.model.mtp import MTP
 
@@ -41,11 +40,6 @@ class QwenMoe(Generator):
         edit: Mapping[str, Any] | None = None,
         *,
         attention_mask: Any = None,
-        enable_thinking: bool | None = None,
-        tools: Any = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
         states_at: Sequence[int] = (-1,),
         **options: Any,
     ) -> Run:
@@ -59,30 +53,24 @@ class QwenMoe(Generator):
             edit: name or pattern -> function that replaces the value, given it as a jax array [batch, seq,
                 ...] and, if it takes two arguments, `model.taps.Tokens`; `qwen_moe_jax.experiments` has
                 some. A function is traced, so an equal run should be given the same function object.
-            attention_mask, enable_thinking, tools, chat_template_kwargs: as of `generate`.
-            continue_final_message, add_generation_prompt: as of `generate`.
+            attention_mask: as of `generate`.
             states_at: positions behind which "state" is captured; negative ones count from a row's end.
             **options: with `max_new_tokens`, fields of `GenerationConfig`: the texts are continued first,
-                with the edits, and then run with their continuations, which gives each step's values.
+                with the edits, and then run with their continuations, which gives each step's values. Of
+                chats also what `chat.template_options` takes.
 
         Raises:
             InputError: as of `generate`; a name that is none; attention weights that are too many.
         """
         wanted = self._passes.chosen(capture)
-        template = template_options(
-            enable_thinking=enable_thinking,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-        )
+        template, _ = template_of(options)
         batch = self._rows(prompt, attention_mask, template)
         rows = list(batch.rows)
         if options:
             if "max_new_tokens" not in options:
                 raise InputError(
                     f"run was given {', '.join(options)} without max_new_tokens; give it to continue "
-                    f"the texts."
+                    "the texts."
                 )
             out = self.generate([row.tolist() for row in rows], edit=edit, **options)
             many = len(out.sequences) // len(rows)
@@ -138,7 +126,18 @@ class QwenMoe(Generator):
         Raises:
             InputError: the model lies on a mesh.
         """
-        return _applied(self, parameters, ids)
+        if self.layout is not None:
+            raise InputError(
+                "the model lies on a mesh, where apply is not implemented; load it without mesh."
+            )
+        dtypes = self.decoder.dtypes
+        kernels = make_kernels(self.kernels.target, PLAIN | {"attention": "whole", "experts": "dense"})
+        decoder = with_parameters(whole_decoder(self.config, dtypes, kernels)[0], parameters)
+        ids = jnp.asarray(ids, jnp.int32)
+        batch, length = ids.shape
+        cache = empty_cache(self.config, batch, cache_capacity(length), dtypes.compute, dtypes.compute)
+        hidden, _ = decoder(ids, jnp.ones(ids.shape, bool), cache)
+        return decoder.logits(hidden)
 
     def score(
         self,
@@ -202,29 +201,3 @@ class QwenMoe(Generator):
     def _prefix_id(self) -> int | None:
         """What the first token of a text is scored behind."""
         return self._eos_ids[0] if self._eos_ids else None
-
-
-def _applied(model: QwenMoe, parameters: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
-    if model.layout is not None:
-        raise InputError("the model lies on a mesh, where apply is not implemented; load it without mesh.")
-    whole = model.decoder
-    kernels = make_kernels(
-        model.kernels.target,
-        {
-            "attention": "whole",
-            "conv": "shifts",
-            "delta_step": "products",
-            "delta_chunks": "products",
-            "embedding": "lookup",
-            "experts": "dense",
-            "float8": "multiplied_out",
-            "linear": "products",
-        },
-    )
-    decoder, _ = whole_decoder(model.config, whole.dtypes, kernels)
-    ids = jnp.asarray(ids, jnp.int32)
-    compute = whole.dtypes.compute
-    cache = empty_cache(model.config, ids.shape[0], cache_capacity(ids.shape[1]), compute, compute)
-    run = with_parameters(decoder, dict(parameters))
-    hidden, _ = run(ids, jnp.ones(ids.shape, bool), cache)
-    return run.logits(hidden)

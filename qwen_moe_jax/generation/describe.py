@@ -1,13 +1,12 @@
 """A loaded model in words."""
 
 import dataclasses
-from math import prod
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import is_scale
+from qwen_moe_jax.checkpoint.layout import count_parameters
 from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import find_device
@@ -55,7 +54,7 @@ class ModelDescription:
     def _drafts(self) -> list[str]:
         if not self.draft_tokens:
             return []
-        count = sum(prod(s) for n, s in mtp_shapes(self.checkpoint.config, 1).items() if not is_scale(n))
+        count = count_parameters(mtp_shapes(self.checkpoint.config, 1))
         return [
             f"drafts             {self.draft_tokens} tokens a step at most, by multi-token prediction of "
             f"{count:,} parameters"

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_moe_jax.engine.core import Core
 from qwen_moe_jax.engine.pools import pool_sizes
-from qwen_moe_jax.engine.scoring import Scored, Scorer
+from qwen_moe_jax.engine.scoring import Scorer
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
@@ -71,11 +71,6 @@ class Generator(LoadedModel):
         generation_config: GenerationConfig | None = None,
         *,
         attention_mask: Any = None,
-        enable_thinking: bool | None = None,
-        tools: Any = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
         edit: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> GenerationOutput:
@@ -86,24 +81,18 @@ class Generator(LoadedModel):
                 or lists of token ids.
             generation_config: how; see `GenerationConfig`.
             attention_mask: 0/1 like an array prompt; pads may stand left or right of a row's tokens.
-            enable_thinking, tools, chat_template_kwargs: of chats, as of `chat.template_options`; with tools,
-                `out.messages` has the calls of a reply.
-            continue_final_message, add_generation_prompt: of chats, as there.
             edit: point -> function that replaces its value, as of `QwenMoe.run`; nothing is drafted then.
-            **options: fields of `GenerationConfig`; they override `generation_config`.
+            **options: fields of `GenerationConfig`; they override `generation_config`. Of chats also
+                enable_thinking, tools, chat_template_kwargs, continue_final_message and
+                add_generation_prompt, as of `chat.template_options`; with tools, `out.messages` has the calls
+                of a reply.
 
         Raises:
             InputError: an empty or malformed prompt, ids outside the vocabulary, a prompt that leaves no
                 room in the context, an unknown or contradictory option.
         """
+        template, tools = template_of(options)
         config = self._options(generation_config, options)
-        template = template_options(
-            enable_thinking=enable_thinking,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-        )
         batch = self._rows(prompt, attention_mask, template)
         began = time.perf_counter()
         requests = self._own_engine(edit).start(self._asked(batch, config, tools))
@@ -129,14 +118,14 @@ class Generator(LoadedModel):
         if most:
             prompts = [row.tolist() for row in batch.rows for _ in range(many)]
             scored = scorer(prompts, out.sequences, top=most)
-            out = dataclasses.replace(out, top_logprobs=[_likeliest(one) for one in scored])
+            out = dataclasses.replace(out, top_logprobs=[one.likeliest() for one in scored])
         if inside is not None:
             rows = [row.tolist() for row in batch.rows]
             scored = scorer([row[:1] for row in rows], [row[1:] for row in rows], top=inside)
             out = dataclasses.replace(
                 out,
                 prompt_logprobs=[[None, *one.logprobs.tolist()] for one in scored],
-                prompt_top_logprobs=[[{}, *_likeliest(one)] for one in scored] if inside else None,
+                prompt_top_logprobs=[[{}, *one.likeliest()] for one in scored] if inside else None,
             )
         return out
 
@@ -163,7 +152,7 @@ class Generator(LoadedModel):
         The pieces' texts add up to the text that `generate` returns. Arguments and errors are
         `generate`'s; errors come with the call, not with the first piece.
         """
-        template, tools = _template_of(options)
+        template, tools = template_of(options)
         config = self._options(generation_config, options)
         batch = self._rows(prompt, attention_mask, template)
         if config.top_logprobs or config.prompt_logprobs is not None:
@@ -282,7 +271,7 @@ class Generator(LoadedModel):
         Raises:
             InputError: as for `generate`.
         """
-        template, tools = _template_of(options)
+        template, tools = template_of(options)
         mask = options.pop("attention_mask", None)
         checked = self._options(config, options)
         for name in ("top_logprobs", "prompt_logprobs"):
@@ -314,14 +303,6 @@ class Generator(LoadedModel):
         ]
 
 
-def _likeliest(scored: Scored) -> list[dict[int, float]]:
-    """Token -> log-probability of the likeliest tokens at each place, best first."""
-    return [
-        dict(zip(ids.tolist(), values.tolist(), strict=True))
-        for ids, values in zip(scored.top_ids, scored.top_logprobs, strict=True)
-    ]
-
-
 def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:
     """Several prompts' results as one."""
     ended = max(request.ended or began for request in requests)
@@ -344,8 +325,12 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
     )
 
 
-def _template_of(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """(what the chat template is given, tools), taken out of options."""
+def template_of(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """(what the chat template is given beside the messages, tools), taken out of options.
+
+    Raises:
+        InputError: as of `template_options`.
+    """
     names = [name for name in inspect.signature(template_options).parameters if name in options]
     given = {name: options.pop(name) for name in names}
     return template_options(**given), given.get("tools")

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_moe_jax.checkpoint.layout import is_scale, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import count_parameters, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import holds_part, mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.writer import write_safetensors
@@ -174,7 +173,7 @@ class LoadedModel:
     def _card(self) -> list[tuple[str, str]]:
         config, kinds = self.config, self.config.layer_types
         full = kinds.count(FULL_ATTENTION)
-        count = sum(prod(s) for n, s in parameter_shapes(config).items() if not is_scale(n))
+        count = count_parameters(parameter_shapes(config))
         held = "float8 and " if config.float8 else ""
         lines = [
             ("QwenMoe", self.folder.name),
@@ -334,6 +333,7 @@ class LoadedModel:
 def _drafts_of(asked: Any, folder: Path, kernels: Kernels, *, exact: bool) -> int:
     """How many tokens a model drafts for a step."""
     if asked == "auto":  # with exact=True drafts gain nothing
-        return default_drafts(kernels) if not exact and holds_part(folder, "mtp") else 0
+        most = 0 if exact else default_drafts(kernels)
+        return most if most and holds_part(folder, "mtp") else 0
     check_drafts(asked)
     return asked

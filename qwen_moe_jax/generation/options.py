@@ -8,17 +8,17 @@ from typing import Any
 from qwen_moe_jax.engine.sampling import RowSampling
 from qwen_moe_jax.errors import InputError
 
-# Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
 # What the model cards of Qwen3.5 recommend ("Best Practices", Qwen/Qwen3.5-35B-A3B), by name.
+_EVERY_PRESET = {"do_sample": True, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "thinking": {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 1.5},
-    "thinking-coding": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 0.0},
-    "non-thinking": {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5},
-    "non-thinking-reasoning": {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
+    "thinking": _EVERY_PRESET | {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 1.5},
+    "thinking-coding": _EVERY_PRESET | {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 0.0},
+    "non-thinking": _EVERY_PRESET | {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5},
+    "non-thinking-reasoning": _EVERY_PRESET
+    | {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
 }
-for _values in PRESETS.values():
-    _values |= {"do_sample": True, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": _values.get("top_k", 20)}
 MOST_LIKELIEST = 20  # tokens that are named in a place, at most
+# Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
 SMALLEST = 1e-6
 LARGEST = 1e6
 
@@ -86,12 +86,11 @@ class GenerationConfig:
         Raises:
             InputError: a name that is no field (the nearest one is suggested), or a bad value.
         """
-        if changes.get("preset") is not None:
-            preset = changes.pop("preset")
+        preset = changes.pop("preset", None)
+        if preset is not None:
             if preset not in PRESETS:
                 raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
             changes = PRESETS[preset] | changes
-        changes.pop("preset", None)
         names = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in names:

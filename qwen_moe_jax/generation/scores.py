@@ -39,10 +39,7 @@ class Score:
             is_greedy=bool((scored.greedy == np.asarray(tokens)).all()),
             tokens=list(tokens),
             token_logprobs=scored.logprobs.tolist(),
-            top_logprobs=[
-                dict(zip(ids.tolist(), values.tolist(), strict=True))
-                for ids, values in zip(scored.top_ids, scored.top_logprobs, strict=True)
-            ],
+            top_logprobs=scored.likeliest(),
         )
 
 

@@ -59,6 +59,17 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS, "native": NATIVE},
 }
 
+# No kernel of our own, for operations whose plain form does not depend on the target.
+PLAIN = {
+    "attention": "blockwise",
+    "conv": "shifts",
+    "delta_step": "products",
+    "delta_chunks": "products",
+    "float8": "multiplied_out",
+    "linear": "products",
+    "embedding": "lookup",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -253,18 +264,8 @@ def make_kernels(
     if asked == "auto":
         return Kernels(target, interpret=interpret, native=native)
     if asked == "xla":
-        plain: dict[str, str] = {
-            "attention": "blockwise",
-            "conv": "shifts",
-            "delta_step": "products",
-            "delta_chunks": "products",
-            "float8": "multiplied_out",
-            "linear": "products",
-            "embedding": "lookup",
-        }
-        if target in AMD:  # elsewhere the table has nothing else for experts
-            plain["experts"] = "grouped"
-        asked = plain
+        # elsewhere the table has nothing else for experts
+        asked = PLAIN | ({"experts": "grouped"} if target in AMD else {})
     if not isinstance(asked, Mapping):
         raise InputError(f'kernels is {asked!r}; expected "auto", "xla" or a mapping of operations.')
     for operation, implementation in asked.items():

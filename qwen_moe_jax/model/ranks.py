@@ -67,27 +67,27 @@ class OneDevice:
     """The answers where one device holds everything."""
 
     def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
-        """A lookup."""
+        """The tokens' rows: the whole table lies here."""
         return embedding_rows(table, tokens, kernels)
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
-        """The same."""
+        """Logits over the whole vocabulary are here already."""
         return logits
 
     def head_product(self, x: jax.Array, weight: Matrix, kernels: Kernels) -> jax.Array:
-        """A product."""
+        """The whole product: all heads lie here."""
         return linear(x, weight, jnp.float32, kernels=kernels)
 
     def sum_heads(self, part: jax.Array) -> jax.Array:
-        """The same."""
+        """One device's product is the sum of all heads."""
         return part
 
     def routed_part(self, outputs: jax.Array) -> jax.Array:
-        """The same."""
+        """All experts lie here, so their outputs are the whole sum."""
         return outputs
 
     def shared_part(self, output: jax.Array) -> jax.Array:
-        """The same."""
+        """All rows of the shared expert lie here, so its output is whole."""
         return output
 
     def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:

@@ -1,7 +1,7 @@
 """Named points of a forward pass, where values can be captured or replaced.
 
 A point is a call `taps(name, value)` that gives the value back. With `NO_TAPS` that is all it does, so that
-the traced program is the one without points. `experiments/points.py` lists the names and their axes.
+the traced program is the one without points. `model/points.py` lists the names and their axes.
 """
 
 import copy

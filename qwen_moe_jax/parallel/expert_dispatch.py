@@ -150,13 +150,17 @@ def shared_slot(
     return ids, jnp.where(first, gate, 0)
 
 
+def own_turn(ranks: "MeshRanks", tokens: int) -> jax.Array:
+    """The tokens whose shared expert this rank computes where every rank holds it, bool [tokens]."""
+    rank = lax.axis_index(ranks.expert_axes) if ranks.expert_axes else 0
+    return jnp.arange(tokens) % ranks.expert_ranks == rank
+
+
 def _with_shared_slot(
     ranks: "MeshRanks", ids: jax.Array, weights: jax.Array, gate: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One more slot a token, for the shared expert, on the one rank whose turn the token is."""
-    turn = jnp.arange(ids.shape[0]) % ranks.expert_ranks
-    rank = lax.axis_index(ranks.expert_axes) if ranks.expert_axes else 0
-    slot_ids, slot_weights = shared_slot(ranks, gate, valid & (turn == rank), 1)
+    slot_ids, slot_weights = shared_slot(ranks, gate, valid & own_turn(ranks, ids.shape[0]), 1)
     return _beside(ids, slot_ids), _beside(weights, slot_weights)
 
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.model.taps import Taps
-from qwen_moe_jax.parallel.expert_dispatch import gathered_tokens, held_ids
+from qwen_moe_jax.parallel.expert_dispatch import gathered_tokens, held_ids, own_turn, shared_slot
 from qwen_moe_jax.parallel.partial_sums import gathered, scattered_total, total
 
 if TYPE_CHECKING:
@@ -58,11 +57,9 @@ def _shared_expert(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.
     if ranks.shared_expert == "fused":
         if ranks.tokens_divided:
             x, _ = gathered_tokens(ranks, x, valid)
-        turn = jnp.arange(x.shape[0]) % ranks.expert_ranks
-        rank = lax.axis_index(ranks.expert_axes) if ranks.expert_axes else 0
-        ids = jnp.where(turn == rank, ranks.experts_held, ranks.experts_held + 1)[:, None]
-        ones = jnp.ones(ids.shape, jnp.float32)
-        return _whole(ranks, ranks.slots_part(moe.combine(x, ids, ones, ranks=ranks.expert_ranks)))
+        tokens = x.shape[0]
+        ids, weights = shared_slot(ranks, jnp.ones((tokens, 1), jnp.float32), own_turn(ranks, tokens), 1)
+        return _whole(ranks, ranks.slots_part(moe.combine(x, ids, weights, ranks=ranks.expert_ranks)))
     inside = ranks.expert_dispatch == "psum" and ranks.shared_expert in ("prescaled", "sharded")
     if not inside:
         return total(ranks.shared_part(moe.shared_expert(x, moe.kernels)), ranks.shared_axes)
