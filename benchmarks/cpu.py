@@ -73,7 +73,7 @@ class Ours:
         if not job.steps:
             out = self.model.generate(ids, max_new_tokens=1, eos_token_id=[])
             return out.usage.prefill_seconds
-        from qwen_moe_jax.engine.core import Job
+        from qwen_moe_jax.engine.jobs import Job
         from qwen_moe_jax.engine.sampling import RowSampling
 
         with self.model.engine(max_rows=job.batch) as engine:

@@ -87,13 +87,12 @@ class StaticBatches:
         from qwen_moe_jax.engine.plan import BORDERS
         from qwen_moe_jax.engine.rows import (
             BLOCK_STEPS,
-            END_IDS,
             NO_PLACE,
             Entries,
             Roster,
             empty_states,
         )
-        from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+        from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
         from qwen_moe_jax.engine.shapes import chunk_spans
         from qwen_moe_jax.engine.steps import MOVES
         from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
@@ -118,7 +117,7 @@ class StaticBatches:
             done = done + counts
         limit = np.asarray([*lengths, *[0] * (rows - len(lengths))], np.int32)
         last = np.asarray([p[-1] for p in prompts] + [0] * (rows - len(prompts)), np.int32)
-        ends = np.full((rows, END_IDS), -1, np.int32)
+        ends = np.full((rows, MOST_ENDS), -1, np.int32)
         nowhere = np.full((rows, BORDERS), NO_PLACE, np.int32)
         arrays: Any = slots, limit, ends, limit * 0, nowhere, SamplingParams.of([RowSampling()] * rows)
         roster, states = Roster(*arrays), empty_states(rows)
@@ -235,8 +234,8 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
     import jax
 
     from qwen_moe_jax.engine.plan import BORDERS
-    from qwen_moe_jax.engine.rows import END_IDS, NO_PLACE, Entries, Roster, empty_states
-    from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+    from qwen_moe_jax.engine.rows import NO_PLACE, Entries, Roster, empty_states
+    from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
     from qwen_moe_jax.formats.cache import PAGE, pages_for
 
     rows = len(lengths)
@@ -253,7 +252,7 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
     arrays: Any = (
         slots,
         np.full(rows, 10**6, np.int32),
-        np.full((rows, END_IDS), -1, np.int32),
+        np.full((rows, MOST_ENDS), -1, np.int32),
         np.zeros(rows, np.int32),
         np.full((rows, BORDERS), NO_PLACE, np.int32),
         SamplingParams.of([RowSampling()] * rows),
@@ -282,7 +281,7 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
 
 def host_milliseconds(model: Any, slots: int, steps: int = 200) -> float:
     """The host's own time a decode step: planning, handing over, looking at the tokens."""
-    from qwen_moe_jax.engine.core import Job
+    from qwen_moe_jax.engine.jobs import Job
     from qwen_moe_jax.engine.sampling import RowSampling
 
     with model.engine(max_rows=slots) as engine:

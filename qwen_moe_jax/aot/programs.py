@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 from qwen_moe_jax.config import FULL_ATTENTION
 from qwen_moe_jax.engine.drafting import Drafts, no_drafts
 from qwen_moe_jax.engine.plan import BORDERS
-from qwen_moe_jax.engine.rows import END_IDS, Entries, Layers, Roster, RowStates
-from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+from qwen_moe_jax.engine.rows import Entries, Layers, Roster, RowStates
+from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
 from qwen_moe_jax.engine.shapes import chunk_length
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for, states_of
@@ -119,7 +119,7 @@ class Deployment:
         roster = Roster(
             slots=integers,
             limit=integers,
-            end_ids=self._given(jnp.int32, rows, END_IDS),
+            end_ids=self._given(jnp.int32, rows, MOST_ENDS),
             draft_limit=integers,
             places=self._given(jnp.int32, rows, BORDERS),
             sampling=jax.tree.map(lambda x: self._given(x.dtype, *x.shape), sampling),

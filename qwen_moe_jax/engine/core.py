@@ -5,64 +5,25 @@ finds out by itself that a row has reached an end token or its limit; of stop st
 that one step more is computed for a row that meets one, and dropped.
 """
 
-import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.plan import BORDERS, DecodeStep, PrefillStep, StateMove
+from qwen_moe_jax.engine.jobs import Job, Likeliest
+from qwen_moe_jax.engine.plan import DecodeStep, PrefillStep, StateMove
 from qwen_moe_jax.engine.plan import Sequence as Row
 from qwen_moe_jax.engine.pools import PoolSizes
-from qwen_moe_jax.engine.rows import (
-    BLOCK_STEPS,
-    END_IDS,
-    MOVES,
-    NO_PLACE,
-    Block,
-    Entries,
-    Layers,
-    Roster,
-    RowStates,
-    States,
-    empty_states,
-)
-from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams, history
+from qwen_moe_jax.engine.rosters import Rosters
+from qwen_moe_jax.engine.rows import BLOCK_STEPS, MOVES, Layers, RowStates, States, empty_states
+from qwen_moe_jax.engine.sampling import history, mask_words
 from qwen_moe_jax.engine.scheduler import Scheduler
-from qwen_moe_jax.engine.shapes import prefill_shapes, row_buckets
+from qwen_moe_jax.engine.shapes import DECODE_KINDS, prefill_shapes, row_buckets
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
-
-# (number among the job's sequences, token, its log-probability) -> the sequence has ended.
-Take = Callable[[int, int, float], bool]
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Job:
-    """A prompt and how it is to be continued.
-
-    Attributes:
-        prompt: int32 [tokens], at least one.
-        max_new_tokens: of each sequence.
-        sampling: of each sequence.
-        end_ids: tokens that end a sequence.
-        draft_tokens: that a step verifies at most.
-        one_by_one: tokens are looked at one by one: for stop strings, or because somebody reads along.
-        take: called with each token in order, in the thread that runs the core.
-        drafted: called with the drafts that were verified, and how many of them hold.
-    """
-
-    prompt: np.ndarray
-    max_new_tokens: int
-    sampling: tuple[RowSampling, ...]
-    end_ids: tuple[int, ...]
-    draft_tokens: int
-    one_by_one: bool
-    take: Take
-    drafted: Callable[[int, int], None] = lambda drafted, accepted: None
 
 
 class Core:
@@ -94,13 +55,13 @@ class Core:
             page_length=PAGE,
             snapshots=sizes.snapshots,
             shapes=prefill_shapes(sizes.slots, forward.kernels),
-            row_buckets=row_buckets(sizes.slots),
             context=context,
             prefix_cache=prefix_cache,
         )
         self._jobs: dict[Row, tuple[Job, int]] = {}
         self._counted: set[Row] = set()
-        self._pending: deque[tuple[PrefillStep | DecodeStep, Any]] = deque()
+        # steps that the device has, with the rows that each is computed with
+        self._pending: deque[tuple[PrefillStep | DecodeStep, int, Any]] = deque()
         # Steps that are handed to the device and not looked at yet. Devices that one CPU pretends to have
         # share its threads: collectives of two programs at a time would wait for each other for ever.
         several = len(forward.devices) > 1 and forward.devices[0].platform == "cpu"
@@ -115,9 +76,9 @@ class Core:
         self._seen: jax.Array | None = None
         self._tables: Any = None  # and the tokens that every row has pages for
         self._tables_version = -1
-        self._roster: Roster | None = None
-        self._roster_rows: tuple[Any, ...] = ()
-        self._no_entries: dict[int, Entries] = {}
+        self._rosters = Rosters(self.ranks, sizes.slots, self._kept)
+        # the drafts that a row's next pass verifies, as far as is known
+        self._drafts: dict[Row, list[int]] = {}
 
     def submit(self, job: Job) -> list[Row]:
         """Queues a job; one row for each of its sequences.
@@ -146,10 +107,10 @@ class Core:
             return True
         self._move_states(step.restores, restore=True)
         if isinstance(step, PrefillStep):
-            self._pending.append((step, self._prefill(step)))
+            self._pending.append((step, 0, self._prefill(step)))
             self._move_states(step.saves, restore=False)
         else:
-            self._pending.append((step, self._decode(step)))
+            self._pending.append((step, *self._decode(step)))
         while len(self._pending) > self._ahead:
             self._collect()
         return True
@@ -162,9 +123,9 @@ class Core:
         """
         for shape in prefill_shapes(self.sizes.slots, self._forward.kernels).shapes:
             self._prefill(PrefillStep(shape, (), (), ()))
-        for bucket in row_buckets(self.sizes.slots):
-            for greedy in (True, False)[: 1 + sampled]:
-                jax.block_until_ready(self._decode(DecodeStep(bucket, (), 1, ()), greedy=greedy))
+        for kind in DECODE_KINDS if sampled else DECODE_KINDS[:1]:
+            for bucket in row_buckets(self.sizes.slots, kind):
+                jax.block_until_ready(self._decode(DecodeStep(bucket, (), 1, ()), kind))
         nothing = [StateMove(0, self.sizes.slots, None)]
         self._move_states(nothing, restore=True)
         if self.sizes.snapshots:
@@ -173,14 +134,14 @@ class Core:
             self._seen = self._remembered(0, 0, np.zeros(self._vocab, np.int32))
 
     def _most_steps(self) -> int:
-        """Steps a device call: many only while nobody waits for a row's end or reads along."""
-        if self.scheduler.waiting or any(job.one_by_one for job, _ in self._jobs.values()):
+        """Steps a device call: many only while nobody waits for a row's end, reads along or guides."""
+        if self.scheduler.waiting or any(job.one_by_one or job.is_guided for job, _ in self._jobs.values()):
             return 1
         return BLOCK_STEPS
 
     def _collect(self) -> None:
         """Waits for the oldest step and hands its tokens on."""
-        step, result = self._pending.popleft()
+        step, bucket, result = self._pending.popleft()
         result = jax.device_get(result)
         if isinstance(step, PrefillStep):
             return
@@ -188,7 +149,7 @@ class Core:
             sequence = row.sequence
             if sequence not in self._jobs or sequence.epoch != row.epoch:
                 continue  # it ended, or gave its pages back, while the step ran
-            place = row.rank * step.bucket + row.row
+            place = row.rank * bucket + row.row
             count = int(result.count[place])
             tokens = result.tokens[place, :count].tolist()
             logprobs = result.logprobs[place, :count].tolist()
@@ -198,10 +159,12 @@ class Core:
             self.accepted_tokens += accepted
             if drafted:
                 job.drafted(drafted, accepted)
+            if result.drafts is not None:
+                self._drafts[sequence] = result.drafts[place].tolist()
             taken, ended = [], False
-            for token, logprob in zip(tokens, logprobs, strict=True):
+            for number, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
                 taken.append(token)
-                ended = job.take(index, token, logprob)
+                ended = job.take(index, token, logprob, _likeliest(job, result, place, number))
                 if ended:
                     break
             self.generated_tokens += len(taken)
@@ -212,6 +175,7 @@ class Core:
     def _end(self, row: Row) -> None:
         del self._jobs[row]
         self._counted.discard(row)
+        self._drafts.pop(row, None)
         self.scheduler.finish(row)
 
     def _move_states(self, moves: Sequence[StateMove], *, restore: bool) -> None:
@@ -263,87 +227,103 @@ class Core:
             self._counted.add(row)
             self.cached_prompt_tokens += row.cached
 
-    def _decode(self, step: DecodeStep, *, greedy: bool = True) -> Block:
-        """Hands a step over; every row that is not greedy makes the step so."""
+    def _decode(self, step: DecodeStep, kind: str | None = None) -> tuple[int, Any]:
+        """Hands a step over.
+
+        Args:
+            step: of the scheduler.
+            kind: one of `DECODE_KINDS`; None for the first one that all its rows can have.
+
+        Returns:
+            (rows of each data rank that are computed, what the device will say).
+        """
         if self._tables_version != self.scheduler.tables_version:
             # a copy: the device reads it when it comes to the step
             tables = self.scheduler.tables.copy()
             capacity = PAGE * (tables < self.sizes.pages).sum(axis=1, dtype=np.int32)
             self._tables = self._kept((tables, capacity))
             self._tables_version = self.scheduler.tables_version
-        roster, entries = self._roster_of(step), self._entries_of(step)
+        kind = kind or self._kind_of(step)
+        bucket = next(each for each in row_buckets(self.sizes.slots, kind) if each >= step.width)
+        of_rows = [self._jobs[row.sequence] for row in step.rows]
+        given = {
+            "roster": self._rosters.roster(step, bucket, of_rows),
+            "entries": self._rosters.entries(step, bucket),
+            "tables": self._tables[0],
+            "capacity": self._tables[1],
+        }
         for row in step.rows:
-            job, index = self._jobs[row.sequence]
-            greedy = greedy and job.sampling[index].greedy
             if row.token is not None:
                 self._count_prompt(row.sequence)
-        self.programs.add(("decode", step.bucket, greedy))
-        if not greedy:
+        self.programs.add((kind, bucket))
+        if kind == "guided":
+            self.programs.add(("guided choice", bucket))
+        if kind != "greedy":
             self._remember(step)
+        if kind == "guided":
+            return bucket, self._guided(step, bucket, given)
         self._layers, self._snapshots, self._states, seen, block = self.steps.decode(
             self._layers,
             self._snapshots,
             self._states,
-            None if greedy else self._seen,
-            roster=roster,
-            entries=entries,
-            tables=self._tables[0],
-            capacity=self._tables[1],
+            None if kind == "greedy" else self._seen,
             steps=min(step.steps, BLOCK_STEPS),
+            **given,
         )
-        if not greedy:
+        if kind != "greedy":
             self._seen = seen
+        return bucket, block
+
+    def _kind_of(self, step: DecodeStep) -> str:
+        greedy = True
+        for row in step.rows:
+            job, index = self._jobs[row.sequence]
+            in_flight = row.sequence.most_emitted - len(row.sequence.emitted)
+            if job.needs_guide(index, in_flight):
+                return "guided"
+            greedy = greedy and job.sampling[index].greedy
+        return "greedy" if greedy else "sampled"
+
+    def _guided(self, step: DecodeStep, bucket: int, given: dict[str, Any]) -> Any:
+        """A step whose tokens the host has a say in: while the forward pass runs, the results of the steps
+        before it are looked at, and what may follow them is found out."""
+        self._layers, passed = self.steps.forward_pass(self._layers, self._states, **given)
+        while self._pending:
+            self._collect()
+        if not self._ahead:
+            jax.block_until_ready(passed)
+        allowed = self._allowed(step, bucket, passed.logits.shape[1])
+        jobs = [self._jobs[row.sequence][0] for row in step.rows if row.sequence in self._jobs]
+        assert self._seen is not None
+        self._layers, self._snapshots, self._states, self._seen, block = self.steps.choose(
+            self._layers,
+            self._snapshots,
+            self._states,
+            self._seen,
+            roster=given["roster"],
+            passed=passed,
+            allowed=allowed,
+            likeliest=any(job.likeliest for job in jobs),
+        )
         return block
 
-    def _place(self, step: DecodeStep, rank: int, row: int) -> int:
-        return rank * step.bucket + row
-
-    def _roster_of(self, step: DecodeStep) -> Roster:
-        """The rows of a step on the device; the last one's again while they are the same."""
-        names = (
-            step.bucket,
-            *((row.rank, row.row, row.slot, row.sequence.number, row.epoch, row.places) for row in step.rows),
-        )
-        if self._roster is not None and names == self._roster_rows:
-            return self._roster
-        total = step.bucket * self.ranks
-        slots: Any = np.full(total, self.sizes.slots, np.int32)
-        limit: Any = np.zeros(total, np.int32)
-        drafts: Any = np.zeros(total, np.int32)
-        ends: Any = np.full((total, END_IDS), -1, np.int32)
-        places: Any = np.full((total, BORDERS), NO_PLACE, np.int32)
-        sampling = [RowSampling()] * total
+    def _allowed(self, step: DecodeStep, bucket: int, tokens: int) -> np.ndarray:
+        """Which tokens each row may choose behind each of a pass, uint32 [rows, tokens, words]."""
+        allowed = np.full((bucket * self.ranks, tokens, mask_words(self._vocab)), 0xFFFFFFFF, np.uint32)
         for row in step.rows:
-            place = self._place(step, row.rank, row.row)
+            if row.sequence not in self._jobs:
+                continue  # it has ended meanwhile
             job, index = self._jobs[row.sequence]
-            slots[place] = row.slot
-            limit[place] = job.max_new_tokens
-            some = job.end_ids[:END_IDS]
-            ends[place, : len(some)] = some
-            drafts[place] = job.draft_tokens
-            places[place] = [NO_PLACE if each is None else each for each in row.places]
-            sampling[place] = job.sampling[index]
-        given = self._kept(Roster(slots, limit, ends, drafts, places, SamplingParams.of(sampling)))
-        self._roster, self._roster_rows = given, names
-        return given
-
-    def _entries_of(self, step: DecodeStep) -> Entries:
-        """What the host says of rows that begin to decode."""
-        total = step.bucket * self.ranks
-        begin = [row for row in step.rows if row.token is not None]
-        if not begin and total in self._no_entries:
-            return self._no_entries[total]
-        begins = np.zeros(total, bool)
-        token, length, emitted = np.zeros((3, total), np.int32)
-        for row in begin:
-            place = self._place(step, row.rank, row.row)
-            begins[place], token[place] = True, row.token or 0
-            length[place], emitted[place] = row.length, row.emitted
-        arrays: Any = begins, token, length, emitted
-        given = Entries(*arrays)
-        if not begin:
-            self._no_entries[total] = given = self._kept(given)
-        return given
+            guide = job.guides[index] if job.guides else None
+            if guide is None:
+                continue
+            drafts = self._drafts.get(row.sequence, [])[: tokens - 1]
+            try:
+                guide.allow(drafts, allowed[row.rank * bucket + row.row])
+            except Exception as error:  # harms nobody else
+                job.failed(error)
+                self.cancel(row.sequence)
+        return allowed
 
     def _kept(self, given: Any) -> Any:
         """Arrays of the host that several steps take: on one device they are handed over once."""
@@ -370,3 +350,12 @@ class Core:
         slots = np.full(self.ranks, self.sizes.slots, np.int32)
         slots[rank] = slot
         return self.steps.remember(self._seen, slots, np.tile(seen, (self.ranks, 1)))
+
+
+def _likeliest(job: Job, result: Any, place: int, number: int) -> Likeliest | None:
+    """The likeliest tokens in the place of one that was emitted, if somebody asks for them."""
+    if not job.likeliest:
+        return None
+    most = job.likeliest
+    tokens = result.likeliest[place, number, :most].tolist()
+    return dict(zip(tokens, result.likeliest_logprobs[place, number, :most].tolist(), strict=True))

@@ -39,8 +39,18 @@ from qwen_moe_jax.engine.row_updates import (
     take,
     take_next,
 )
-from qwen_moe_jax.engine.rows import BLOCK_STEPS, Block, Entries, Layers, Roster, RowStates, States
-from qwen_moe_jax.formats.cache import HybridCache, Placement, states_of
+from qwen_moe_jax.engine.rows import (
+    BLOCK_STEPS,
+    LIKELIEST,
+    Block,
+    Entries,
+    Layers,
+    Roster,
+    RowStates,
+    States,
+)
+from qwen_moe_jax.engine.sampling import likeliest
+from qwen_moe_jax.formats.cache import HybridCache, KVCache, LookedAt, Placement, states_of
 
 
 @jax.tree_util.register_dataclass
@@ -75,9 +85,8 @@ def decode(
     start, table, room = model.by_row(enter, states, roster, entries, tables, capacity)
     given = Given(roster, table, room, start.emitted)
     most = BLOCK_STEPS * (model.draft_tokens + 1)
-    count = roster.slots.shape[0]
-    said = Said(jnp.zeros((count, most, 2), jnp.int32), *(jnp.zeros(count, jnp.int32) for _ in range(2)))
-    carry = _Carry(jnp.int32(0), layers, snapshots, start, seen, model.by_row(lambda x: x, said))
+    said = model.by_row(partial(_nothing_said, most=most), roster.slots)
+    carry = _Carry(jnp.int32(0), layers, snapshots, start, seen, said)
 
     def goes_on(carry: _Carry) -> jax.Array:
         return (carry.step < steps) & running(carry.rows, given).any()
@@ -99,72 +108,227 @@ def decode(
 
         carry = lax.while_loop(goes_on, either, carry)
 
-    def together(said: Said, rows: RowStates, before: jax.Array) -> jax.Array:
-        numbers = jnp.stack([rows.emitted - before, said.drafted, said.accepted], axis=1)
-        return jnp.concatenate([said.found.reshape(len(before), -1), numbers], axis=1)
-
-    whole = model.everywhere(model.by_row(together, carry.said, carry.rows, start.emitted))
-    found = whole[:, :-3].reshape(-1, most, 2)
-    block = Block(
-        tokens=found[..., 0],
-        logprobs=lax.bitcast_convert_type(found[..., 1], jnp.float32),
-        count=whole[:, -3],
-        drafted=whole[:, -2],
-        accepted=whole[:, -1],
-    )
+    block = _block(model, carry, given, most)
     after = model.by_row(leave, states, carry.rows, roster)
     return carry.layers, carry.snapshots, after, carry.seen, block
 
 
-# One pass.
+def forward_pass(
+    model: Forward,
+    params,
+    *,
+    layers: Layers,
+    states: RowStates,
+    roster: Roster,
+    entries: Entries,
+    tables,
+    capacity,
+) -> tuple[Layers, "Pass"]:
+    """See `Steps.forward_pass`."""
+    rows, table, room = model.by_row(enter, states, roster, entries, tables, capacity)
+    given = Given(roster, table, room, rows.emitted)
+    return _pass(model, params, given, rows, layers, verify=_guided_verify(model))
+
+
+def choose(
+    model: Forward,
+    params,
+    *,
+    layers: Layers,
+    snapshots: States,
+    states: RowStates,
+    seen: jax.Array,
+    roster: Roster,
+    passed: "Pass",
+    allowed,
+    likeliest_asked,
+) -> tuple[Layers, States, RowStates, jax.Array, Block]:
+    """See `Steps.choose`."""
+    given = Given(roster, passed.table, passed.capacity, passed.rows.emitted)
+    most = passed.logits.shape[1]
+    said = model.by_row(partial(_nothing_said, most=most), roster.slots)
+    carry = _Carry(jnp.int32(0), layers, snapshots, passed.rows, seen, said)
+    carry = _chosen(model, params, given, passed, carry, allowed)
+    block = _block(model, carry, given, most)
+    count = min(LIKELIEST, passed.logits.shape[2])
+
+    def found() -> tuple[jax.Array, jax.Array]:
+        return model.by_row(partial(_likeliest, count=count), passed.logits)
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        return model.by_row(partial(_no_likeliest, count=count), passed.logits)
+
+    tokens, logprobs = lax.cond(likeliest_asked, found, nothing)
+    block = dataclasses.replace(
+        block, likeliest=model.everywhere(tokens), likeliest_logprobs=model.everywhere(logprobs)
+    )
+    after = model.by_row(leave, states, carry.rows, roster)
+    assert carry.seen is not None
+    return carry.layers, carry.snapshots, after, carry.seen, block
+
+
+def _guided_verify(model: Forward) -> bool:
+    """Whether guided steps verify drafts: with `exact` that would take a choice between each two tokens."""
+    return bool(model.draft_tokens) and not model.exact
+
+
+def _likeliest(logits: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    tokens, logprobs = likeliest(logits.reshape(-1, logits.shape[-1]), count)
+    shape = (*logits.shape[:2], count)
+    return tokens.reshape(shape), logprobs.reshape(shape)
+
+
+def _no_likeliest(logits: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    shape = (*logits.shape[:2], count)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+
+def _nothing_said(slots: jax.Array, *, most: int) -> Said:
+    count = slots.shape[0]
+    return Said(jnp.zeros((count, most, 2), jnp.int32), *(jnp.zeros(count, jnp.int32) for _ in range(2)))
+
+
+def _block(model: Forward, carry: _Carry, given: Given, most: int) -> Block:
+    """What was emitted, on every device."""
+
+    def together(said: Said, rows: RowStates, before: jax.Array) -> jax.Array:
+        numbers = jnp.stack([rows.emitted - before, said.drafted, said.accepted], axis=1)
+        drafts = [] if rows.drafts is None else [rows.drafts.tokens]
+        return jnp.concatenate([said.found.reshape(len(before), -1), *drafts, numbers], axis=1)
+
+    whole = model.everywhere(model.by_row(together, carry.said, carry.rows, given.before))
+    found = whole[:, : 2 * most].reshape(-1, most, 2)
+    return Block(
+        tokens=found[..., 0],
+        logprobs=lax.bitcast_convert_type(found[..., 1], jnp.float32),
+        drafts=whole[:, 2 * most : -3] if model.draft_tokens else None,
+        count=whole[:, -3],
+        drafted=whole[:, -2],
+        accepted=whole[:, -1],
+    )
+
+
+# One pass, in two halves.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a forward pass over the next tokens of rows says, before anything is chosen."""
+
+    rows: RowStates  # before it
+    table: jax.Array  # as of `Given`
+    capacity: jax.Array
+    hidden: jax.Array  # [rows, tokens, hidden]
+    logits: jax.Array  # float32 [rows, tokens, vocab]
+    # of a pass that verifies: what each recurrent layer has looked at, None for attention
+    looked: tuple[LookedAt | None, ...] | None
+
+
+def _pass(
+    model: Forward, params, given: Given, rows: RowStates, layers: Layers, *, verify: bool
+) -> tuple[Layers, Pass]:
+    """The first half: logits behind the token of every row, and its drafts where they are verified.
+
+    Returns:
+        (pools: the keys of all these tokens are written; the recurrent states after the token, but not yet
+        where drafts are verified; the pass).
+    """
+    own = len(layers) - (model.drafter is not None)
+    placed = Placement(tables=given.table, slots=given.roster.slots, length=rows.length)
+    cache = HybridCache(layers[:own], placed)
+    if verify:
+        tokens, valid = model.by_row(fed, rows, given)
+        hidden, all_looked = model.look(params, tokens, valid, cache)
+        pairs = list(zip(all_looked, layers[:own], strict=True))
+        looked = tuple(None if isinstance(one, KVCache) else one for one, _ in pairs)
+        after = tuple(one if isinstance(one, KVCache) else before for one, before in pairs)
+    else:
+        # a finished row feeds a pad: its caches stand still
+        tokens, valid = rows.token[:, None], running(rows, given)[:, None]
+        hidden, cache = model.hidden(params, tokens, valid, cache)
+        looked, after = None, cache.layers
+    logits = model.logits(params, hidden)
+    return after + layers[own:], Pass(rows, given.table, given.capacity, hidden, logits, looked)
+
+
+def _chosen(
+    model: Forward, params, given: Given, passed: Pass, carry: _Carry, allowed: jax.Array | None = None
+) -> _Carry:
+    """The second half: tokens, and what they change."""
+    rows, roster, layers = passed.rows, given.roster, carry.layers
+    with jax.named_scope("sampling"):
+        more = () if allowed is None else (allowed,)
+        after, seen, said, chosen = model.by_row(
+            take, passed.logits, rows, given, carry.seen, carry.said, *more
+        )
+    if passed.looked is None:
+        if model.drafter is not None:
+            drafter = HybridCache(layers[-1:], _placed(given, rows))
+            valid = model.by_row(running, rows, given)[:, None]
+            drafter = model.remember(params, passed.hidden, chosen, valid, drafter)
+            layers = layers[:-1] + drafter.layers
+        snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, roster)
+        return _Carry(carry.step + 1, layers, snapshots, after, seen, said)
+    counts = after.length - rows.length
+    pairs = zip(passed.looked, layers[:-1], strict=True)
+    looked: Any = tuple(before if one is None else one for one, before in pairs)
+    written = model.accept(params, looked, counts, roster.slots, layers[:-1])
+    carry = _Carry(carry.step, written + layers[-1:], carry.snapshots, rows, seen, said)
+    return _drafted(model, params, given, carry, after, passed.hidden, chosen)
+
+
+def _placed(given: Given, rows: RowStates) -> Placement:
+    return Placement(tables=given.table, slots=given.roster.slots, length=rows.length)
 
 
 def _one_token(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     """A token of every row, without drafts."""
-    rows, roster = carry.rows, given.roster
-    own = len(carry.layers) - (model.drafter is not None)
-    placed = Placement(tables=given.table, slots=roster.slots, length=rows.length)
-    # a finished row feeds a pad: its caches stand still
-    tokens, valid = rows.token[:, None], running(rows, given)[:, None]
-    hidden, cache = model.hidden(params, tokens, valid, HybridCache(carry.layers[:own], placed))
-    logits = model.logits(params, hidden)
-    with jax.named_scope("sampling"):
-        after, seen, said, chosen = model.by_row(take, logits, rows, given, carry.seen, carry.said)
-    layers = cache.layers
-    if model.drafter is not None:
-        drafter = HybridCache(carry.layers[own:], placed)
-        layers += model.remember(params, hidden, chosen, valid, drafter).layers
-    snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, roster)
-    return _Carry(carry.step + 1, layers, snapshots, after, seen, said)
+    layers, passed = _pass(model, params, given, carry.rows, carry.layers, verify=False)
+    return _chosen(model, params, given, passed, dataclasses.replace(carry, layers=layers))
 
 
 def _verified(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     """The drafts of every row that has some, and new ones."""
-    rows, roster = carry.rows, given.roster
-    placed = Placement(tables=given.table, slots=roster.slots, length=rows.length)
-    if model.exact:
-        hidden, layers, after, seen, said, chosen = _one_by_one(model, params, given, carry)
-        counts = after.length - rows.length
-    else:
-        tokens, valid = model.by_row(fed, rows, given)
-        hidden, looked = model.look(params, tokens, valid, HybridCache(carry.layers[:-1], placed))
-        logits = model.logits(params, hidden)
-        with jax.named_scope("sampling"):
-            after, seen, said, chosen = model.by_row(take, logits, rows, given, carry.seen, carry.said)
-        counts = after.length - rows.length
-        layers = model.accept(params, looked, counts, roster.slots, carry.layers[:-1])
-    snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, roster)
+    if not model.exact:
+        layers, passed = _pass(model, params, given, carry.rows, carry.layers, verify=True)
+        return _chosen(model, params, given, passed, dataclasses.replace(carry, layers=layers))
+    hidden, layers, after, seen, said, chosen = _one_by_one(model, params, given, carry)
+    carry = dataclasses.replace(carry, layers=layers + carry.layers[-1:], seen=seen, said=said)
+    return _drafted(model, params, given, carry, after, hidden, chosen)
+
+
+def _drafted(
+    model: Forward,
+    params,
+    given: Given,
+    carry: _Carry,
+    after: RowStates,
+    hidden: jax.Array,
+    chosen: jax.Array,
+) -> _Carry:
+    """New drafts behind a pass that has verified some.
+
+    Args:
+        carry: with the rows before the pass, and all else after it.
+        after: the rows after it.
+        hidden: [rows, tokens, hidden], of the pass.
+        chosen: int32 [rows, tokens].
+    """
+    rows, roster, layers = carry.rows, given.roster, carry.layers
+    counts = after.length - rows.length
+    snapshots = _keep_at_borders(model, carry.snapshots, layers[:-1], rows, after, roster)
     # Of all but the last pair that stays only the keys are wanted: what they predict is known.
     before, last, hidden_last, token = model.by_row(last_pair, hidden, chosen, counts)
-    drafter = HybridCache(carry.layers[-1:], placed)
+    drafter = HybridCache(layers[-1:], _placed(given, rows))
     drafter = model.remember(params, hidden, chosen, before, drafter)
 
-    def one_draft(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, token, drafts, drafter = carry
+    def one_draft(number: jax.Array, carried: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, token, drafts, drafter = carried
         hidden, drafter = model.draft(params, hidden, token, last, drafter)
         logits = model.logits(params, hidden)
         with jax.named_scope("sampling"):
-            drafts, token = model.by_row(drawn, number, logits, drafts, after, roster, seen)
+            drafts, token = model.by_row(drawn, number, logits, drafts, after, roster, carry.seen)
         return hidden, token, drafts, drafter
 
     blank = model.by_row(lambda rows: jnp.zeros_like(rows.drafts.tokens), after)
@@ -172,7 +336,7 @@ def _verified(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     _, _, drafts, drafter = lax.fori_loop(0, model.draft_tokens, one_draft, begin)
     cost = draft_cost(model.kernels)
     after = model.by_row(partial(redrafted, cost=cost), rows, after, given, drafts)
-    return _Carry(carry.step + 1, layers + drafter.layers, snapshots, after, seen, said)
+    return _Carry(carry.step + 1, layers[:-1] + drafter.layers, snapshots, after, carry.seen, carry.said)
 
 
 def _one_by_one(model: Forward, params, given: Given, carry: _Carry) -> tuple[Any, ...]:

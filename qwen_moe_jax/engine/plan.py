@@ -179,13 +179,13 @@ class DecodeStep:
     of a page: the host does not know of it yet.
 
     Attributes:
-        bucket: rows of each data rank that are computed.
+        width: rows of the data rank that has most of them.
         rows: that there are.
         steps: forward passes, at most.
         restores: as of `PrefillStep`.
     """
 
-    bucket: int
+    width: int
     rows: tuple[DecodeRow, ...]
     steps: int
     restores: tuple[StateMove, ...]

@@ -95,12 +95,19 @@ def enter(
 
 
 def take(
-    logits: jax.Array, rows: RowStates, given: Given, seen: jax.Array | None, said: Said
+    logits: jax.Array,
+    rows: RowStates,
+    given: Given,
+    seen: jax.Array | None,
+    said: Said,
+    allowed: jax.Array | None = None,
 ) -> tuple[RowStates, jax.Array | None, Said, jax.Array]:
     """Chooses tokens one after the other, as far as the tokens that were fed are those that were chosen.
 
     Args:
         logits: float32 [rows, tokens, vocab].
+        rows, given, seen, said: before.
+        allowed: uint32 [rows, tokens, words], which tokens may be chosen behind each; None for all.
 
     Returns:
         (rows, seen and what is said after them; the tokens int32 [rows, tokens], of which a row's first ones
@@ -110,12 +117,13 @@ def take(
     alive, chosen, begin = running(rows, given), [], rows
     for place in range(tokens):
         one = logits[:, place : place + 1]
+        mask = None if allowed is None else allowed[:, place]
         if tokens == 1:
-            rows, seen, said, token = _choose(one[:, 0], rows, given, seen, said, alive)
+            rows, seen, said, token = _choose(one[:, 0], rows, given, seen, said, alive, mask)
             token = token[:, None]
         else:
             rows, seen, said, token, alive = take_next(
-                jnp.int32(place), one, begin, rows, given, seen, said, alive
+                jnp.int32(place), one, begin, rows, given, seen, said, alive, mask
             )
         chosen.append(token)
     if tokens > 1:
@@ -134,6 +142,7 @@ def take_next(
     seen: jax.Array | None,
     said: Said,
     alive: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> tuple[RowStates, jax.Array | None, Said, jax.Array, jax.Array]:
     """Chooses the token behind one of a pass that verifies.
 
@@ -143,12 +152,13 @@ def take_next(
         begin: the rows before the pass.
         rows, seen, said: after the tokens before it.
         alive: bool [rows], whose tokens were all as drafted so far.
+        allowed: uint32 [rows, words], which tokens may be chosen; None for all.
 
     Returns:
         (rows, seen and what is said after it; the token int32 [rows, 1]; which rows are still alive).
     """
     assert begin.drafts is not None
-    rows, seen, said, token = _choose(logits[:, 0], rows, given, seen, said, alive)
+    rows, seen, said, token = _choose(logits[:, 0], rows, given, seen, said, alive, allowed)
     drafts = begin.drafts.tokens
     draft = jnp.take(drafts, jnp.minimum(place, drafts.shape[1] - 1), axis=1)
     alive = alive & (place < _used(begin, given)) & (token == draft) & ~rows.finished
@@ -169,6 +179,7 @@ def _choose(
     seen: jax.Array | None,
     said: Said,
     alive: jax.Array,
+    allowed: jax.Array | None,
 ) -> tuple[RowStates, jax.Array | None, Said, jax.Array]:
     """The next token of the rows that are alive; `logits` [rows, vocab]."""
     roster, counted = given.roster, alive.astype(jnp.int32)
@@ -176,7 +187,7 @@ def _choose(
         chosen = most_likely(logits)
     else:
         own = seen.at[roster.slots].get(mode="clip")
-        chosen = choose_tokens(logits, roster.sampling, rows.emitted, own)
+        chosen = choose_tokens(logits, roster.sampling, rows.emitted, own, allowed)
         seen = seen.at[roster.slots, chosen].add(counted, mode="drop")
     bits = lax.bitcast_convert_type(log_probabilities(logits, chosen), jnp.int32)
     place = jnp.where(alive, rows.emitted - given.before, said.found.shape[1])

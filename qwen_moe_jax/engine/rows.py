@@ -14,9 +14,9 @@ Layers = tuple[LayerCache, ...]
 States = tuple[DeltaNetCache, ...]
 
 BLOCK_STEPS = 16  # most forward passes in one device call
-END_IDS = 8  # end tokens that the device looks for in a row; the host looks for all of them
 MOVES = 8  # states that one call moves on a data rank, at most
 NO_PLACE = 1 << 30  # of a snapshot
+LIKELIEST = 20  # tokens whose log-probabilities a guided step says, at most
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,7 @@ class Roster:
 
     slots: jax.Array  # [rows] int32, on the row's data rank; their number there for none
     limit: jax.Array  # [rows] int32, most tokens to emit
-    end_ids: jax.Array  # [rows, END_IDS] int32, -1 where there are fewer
+    end_ids: jax.Array  # [rows, MOST_ENDS] int32, -1 where there are fewer
     draft_limit: jax.Array  # [rows] int32, most drafts a step
     places: jax.Array  # [rows, BORDERS] int32, for snapshots at page borders, in turns; NO_PLACE for none
     sampling: SamplingParams
@@ -64,11 +64,15 @@ class Roster:
 class Block:
     """What one call emitted: row b's first `count[b]` entries."""
 
-    tokens: jax.Array  # [rows, BLOCK_STEPS * (drafts + 1)] int32
-    logprobs: jax.Array  # [rows, BLOCK_STEPS * (drafts + 1)] float32
+    tokens: jax.Array  # [rows, passes * (drafts + 1)] int32
+    logprobs: jax.Array  # [rows, passes * (drafts + 1)] float32
     count: jax.Array  # [rows] int32
     drafted: jax.Array  # [rows] int32, drafts that were verified
     accepted: jax.Array  # [rows] int32, of these, those that hold
+    drafts: jax.Array | None  # [rows, drafts] int32, that the next pass verifies
+    # of guided steps, where somebody asks for them: the likeliest tokens behind each, best first
+    likeliest: jax.Array | None = None  # [rows, drafts + 1, LIKELIEST] int32
+    likeliest_logprobs: jax.Array | None = None  # [rows, drafts + 1, LIKELIEST] float32
 
 
 def empty_states(slots: int, draft_tokens: int = 0) -> RowStates:

@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, filters and the draw, as pure functions on [batch, vocab].
 
-Order as in transformers: repetition, presence and frequency penalties on the raw logits; then, when
-sampling, temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751) and min-p (Nguyen et al.,
-arXiv:2407.01082). All values are traced, so that changing them recompiles nothing.
+Order as in transformers: repetition, presence and frequency penalties on the raw logits; then biases and what
+may not be chosen at all; then, when sampling, temperature, top-k, top-p (Holtzman et al., arXiv:1904.09751)
+and min-p (Nguyen et al., arXiv:2407.01082). All values are traced, so that changing them recompiles nothing.
 """
 
 import dataclasses
@@ -16,6 +16,13 @@ from jax import lax
 
 # What a row's history holds for a token that occurs in the prompt, beside how often it was generated.
 IN_PROMPT = 1 << 30
+# Tokens of a row that have a bias, at most, and end tokens that `min_new_tokens` holds back.
+MOST_BIASES = 320
+MOST_ENDS = 8
+# A banned token's logit: below every other one, but above what a mask of allowed tokens leaves out, so that a
+# token which is banned and the only one allowed is still chosen.
+_BANNED = -1e30
+_NO_TOKEN = 2**31 - 1  # beyond every vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,8 @@ class RowSampling:
         do_sample: draw, instead of taking the most likely token.
         seed: of the row's prompt.
         sequence_index: the row's number among the sequences of its prompt.
+        biases: (token, what is added to its logit), at most MOST_BIASES; -inf bans it.
+        ends: tokens that are banned until there are `min_new_tokens`, at most MOST_ENDS.
     """
 
     do_sample: bool = False
@@ -38,6 +47,9 @@ class RowSampling:
     frequency_penalty: float = 0.0
     seed: int = 0
     sequence_index: int = 0
+    biases: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
+    ends: tuple[int, ...] = ()
 
     @property
     def filters(self) -> bool:
@@ -50,9 +62,14 @@ class RowSampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
+    def adjusts(self) -> bool:
+        """Some token has a bias, or may not come yet."""
+        return bool(self.biases) or self.min_new_tokens > 0
+
+    @property
     def greedy(self) -> bool:
         """The most likely token as the model has it."""
-        return not self.do_sample and not self.penalises
+        return not self.do_sample and not self.penalises and not self.adjusts
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +80,7 @@ class SamplingParams:
     do_sample: jax.Array  # [batch] bool
     filters: jax.Array  # [batch] bool
     penalises: jax.Array  # [batch] bool
+    adjusts: jax.Array  # [batch] bool
     seed: jax.Array  # [batch] uint32
     sequence_index: jax.Array  # [batch] uint32
 
@@ -73,14 +91,29 @@ class SamplingParams:
     repetition_penalty: jax.Array  # [batch] float32
     presence_penalty: jax.Array  # [batch] float32
     frequency_penalty: jax.Array  # [batch] float32
+    min_new_tokens: jax.Array  # [batch] int32
+    biased: jax.Array  # [batch, MOST_BIASES] int32, beyond the vocabulary where there are fewer
+    bias: jax.Array  # [batch, MOST_BIASES] float32
+    ends: jax.Array  # [batch, MOST_ENDS] int32, beyond the vocabulary where there are fewer
 
     @classmethod
     def of(cls, rows: Sequence[RowSampling]) -> "SamplingParams":
         """Of rows in order, as arrays of the host."""
         dtypes: dict[str, Any] = {"seed": np.uint32, "sequence_index": np.uint32, "top_k": np.int32}
-        dtypes |= dict.fromkeys(("do_sample", "filters", "penalises"), np.bool_)
-        values: dict[str, Any] = {}
+        dtypes |= dict.fromkeys(("do_sample", "filters", "penalises", "adjusts"), np.bool_)
+        dtypes["min_new_tokens"] = np.int32
+        values: dict[str, Any] = {
+            "biased": np.full((len(rows), MOST_BIASES), _NO_TOKEN, np.int32),
+            "bias": np.zeros((len(rows), MOST_BIASES), np.float32),
+            "ends": np.full((len(rows), MOST_ENDS), _NO_TOKEN, np.int32),
+        }
+        for index, row in enumerate(rows):
+            for place, (token, bias) in enumerate(row.biases):
+                values["biased"][index, place], values["bias"][index, place] = token, bias
+            values["ends"][index, : len(row.ends)] = row.ends
         for field in dataclasses.fields(cls):
+            if field.name in values:
+                continue
             listed = [getattr(row, field.name) for row in rows]
             if field.name == "top_k":  # any k above the vocabulary keeps all
                 listed = [min(k, 2**31 - 1) for k in listed]
@@ -110,6 +143,32 @@ def apply_penalties(logits: jax.Array, seen: jax.Array, params: SamplingParams) 
     logits = jnp.where(seen > 0, repeated, logits)
     logits = logits - params.presence_penalty[:, None] * (generated > 0)
     return logits - params.frequency_penalty[:, None] * generated
+
+
+def adjust_logits(logits: jax.Array, params: SamplingParams, step: jax.Array) -> jax.Array:
+    """Adds biases, and holds end tokens back.
+
+    Args:
+        logits: float32 [batch, vocab].
+        params: one value a row.
+        step: int32 [batch], tokens that each row has.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = logits.at[rows, params.biased].add(params.bias, mode="drop")
+    early = jnp.where((step < params.min_new_tokens)[:, None], params.ends, _NO_TOKEN)
+    logits = logits.at[rows, early].set(_BANNED, mode="drop")
+    return jnp.maximum(logits, _BANNED)
+
+
+def unpack_mask(words: jax.Array, vocab: int) -> jax.Array:
+    """uint32 [batch, vocab / 32, rounded up], a bit a token, the lowest first -> bool [batch, vocab]."""
+    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(len(words), -1)[:, :vocab].astype(bool)
+
+
+def mask_words(vocab: int) -> int:
+    """Words of a mask of tokens, as of `unpack_mask`."""
+    return -(-vocab // 32)
 
 
 def scale_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
@@ -180,7 +239,13 @@ def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, step)
 
 
-def choose_tokens(logits: jax.Array, params: SamplingParams, step: jax.Array, seen: jax.Array) -> jax.Array:
+def choose_tokens(
+    logits: jax.Array,
+    params: SamplingParams,
+    step: jax.Array,
+    seen: jax.Array,
+    allowed: jax.Array | None = None,
+) -> jax.Array:
     """The next token of every row. Filters and penalties cost nothing while no row asks for them.
 
     Args:
@@ -188,11 +253,17 @@ def choose_tokens(logits: jax.Array, params: SamplingParams, step: jax.Array, se
         params: one value a row.
         step: int32 [batch], tokens that each row has; with its seed and number it decides the draw.
         seen: int32 [batch, vocab], each row's `history`.
+        allowed: uint32 [batch, words], the mask of tokens that may be chosen (`unpack_mask`); None for all.
 
     Returns:
         int32 [batch].
     """
-    logits = lax.cond(params.penalises.any(), lambda: apply_penalties(logits, seen, params), lambda: logits)
+    raw = logits
+    logits = lax.cond(params.penalises.any(), lambda: apply_penalties(raw, seen, params), lambda: raw)
+    penalised = logits
+    logits = lax.cond(params.adjusts.any(), lambda: adjust_logits(penalised, params, step), lambda: penalised)
+    if allowed is not None:
+        logits = jnp.where(unpack_mask(allowed, logits.shape[-1]), logits, -jnp.inf)
 
     def drawn() -> jax.Array:
         shaped = lax.cond(
@@ -207,6 +278,13 @@ def choose_tokens(logits: jax.Array, params: SamplingParams, step: jax.Array, se
 def most_likely(logits: jax.Array) -> jax.Array:
     """[batch, vocab] -> int32 [batch], of equals the first."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The tokens with the largest logits [batch, vocab], best first: (int32 [batch, count], log-probabilities
+    float32 [batch, count])."""
+    values, tokens = lax.top_k(logits, count)
+    return tokens.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:

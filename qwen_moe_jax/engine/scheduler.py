@@ -11,7 +11,6 @@ All but the last token of a prompt is prefilled; the last one is fed by the row'
 that was preempted is computed again from its prompt and all it has emitted, in the same way.
 """
 
-from collections.abc import Sequence as ListOf
 from itertools import takewhile
 
 import numpy as np
@@ -75,7 +74,6 @@ class Scheduler:
         page_length: int,
         snapshots: int,
         shapes: PrefillShapes,
-        row_buckets: ListOf[int],
         context: int,
         prefix_cache: bool = True,
     ):
@@ -88,7 +86,6 @@ class Scheduler:
             page_length: tokens a page.
             snapshots: of recurrent states.
             shapes: that prefill steps may have.
-            row_buckets: rows that decode steps may have, ascending; the last one is `slots`.
             context: tokens of the longest row.
             prefix_cache: keep what rows leave behind. Without it, only the sequences of one prompt share.
         """
@@ -97,7 +94,7 @@ class Scheduler:
         self.preemptions = 0
         self._ranks = [_Rank(slots, pages, page_length, snapshots) for _ in range(ranks)]
         self._slots, self._pages, self._page_length = slots, pages, page_length
-        self._shapes, self._buckets = shapes, list(row_buckets)
+        self._shapes = shapes
         self._prefix_cache = prefix_cache
         self._numbers = 0
         self._waiting: list[Sequence] = []  # by number
@@ -357,8 +354,6 @@ class Scheduler:
         if not rows:
             return None
         of_rank = [[s for s in rows if s.rank == rank] for rank in range(len(self._ranks))]
-        most = max(map(len, of_rank))
-        bucket = next(bucket for bucket in self._buckets if bucket >= most)
         planned = []
         for number, some in enumerate(of_rank):
             for row, sequence in enumerate(sorted(some, key=lambda each: each.slot)):
@@ -382,7 +377,7 @@ class Scheduler:
                     )
                 )
                 sequence.begun = True
-        return DecodeStep(bucket, tuple(planned), steps, tuple(self._restores))
+        return DecodeStep(max(map(len, of_rank)), tuple(planned), steps, tuple(self._restores))
 
     def _advance(self, sequence: Sequence, steps: int) -> int:
         """New tokens of a decode step, at most."""

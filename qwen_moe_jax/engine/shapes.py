@@ -24,18 +24,20 @@ _PADDED = 512
 SMALLEST_CAPACITY = 64
 
 
-# Decode programs of an engine, at most, each greedy and not; with prefill's and two or three others, 24.
-_MOST_BUCKETS = 6
+# Numbers of rows that an engine's decode programs have, at most: of greedy rows, of rows that draw or have
+# penalties, and of guided ones, whose steps are two programs. With prefill's and three others, 24.
+_MOST_BUCKETS = {"greedy": 5, "sampled": 3, "guided": 3}
+DECODE_KINDS = tuple(_MOST_BUCKETS)
 
 
-def row_buckets(slots: int) -> tuple[int, ...]:
-    """Numbers of rows that decode steps are compiled for: powers of two up to `slots`, thinned out from below
-    the largest ones where there would be too many."""
-    buckets = [slots]
+def row_buckets(slots: int, kind: str = "greedy") -> tuple[int, ...]:
+    """Numbers of rows that decode steps of a kind are compiled for: powers of two up to `slots`, thinned out
+    where there would be too many."""
+    buckets, most = [slots], _MOST_BUCKETS[kind]
     while buckets[0] > 1:
         buckets.insert(0, 1 << (buckets[0] - 1).bit_length() - 1)
-    if len(buckets) > _MOST_BUCKETS:
-        places = np.linspace(0, len(buckets) - 1, _MOST_BUCKETS).round().astype(int)
+    if len(buckets) > most:
+        places = np.linspace(0, len(buckets) - 1, most).round().astype(int)
         buckets = [buckets[place] for place in places]
     return tuple(buckets)
 
@@ -69,7 +71,7 @@ def prefill_shapes(slots: int, kernels: Kernels) -> PrefillShapes:
         chunks = (16, 32, 64, 128, 256, 512, longest)
         shapes: list[tuple[int, int]] = [(1, chunk) for chunk in chunks]
         return PrefillShapes(tuple(dict.fromkeys(shapes)), overhead=32, while_decoding=512)
-    shapes = [(1, 64), (1, 256), (1, 1024), (1, longest), (4, 256), (4, 1024), (16, 64), (16, 256)]
+    shapes = [(1, 64), (1, 256), (1, 1024), (1, longest), (4, 256), (4, 1024), (16, 256)]
     fitting = tuple(shape for shape in shapes if shape[0] <= slots)
     return PrefillShapes(fitting, overhead=1024, while_decoding=longest)
 

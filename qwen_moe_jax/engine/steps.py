@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.engine.decoding import decode
+from qwen_moe_jax.engine.decoding import Pass, choose, decode, forward_pass
 from qwen_moe_jax.engine.forward import Forward
 from qwen_moe_jax.engine.rows import Block, Entries, Layers, Roster, RowStates, States
 from qwen_moe_jax.formats.cache import HybridCache, Placement
@@ -33,13 +33,24 @@ class Steps:
             donate_argnames=("layers", "snapshots", "states", "seen"),
             static_argnames="only",
         )
+        self._forward_pass = jit(partial(forward_pass, forward), donate_argnames="layers")
+        self._choose = jit(
+            partial(choose, forward), donate_argnames=("layers", "snapshots", "states", "seen")
+        )
         self._move = jit(forward.move_states, donate_argnums=0)
         self._remember = jit(partial(_remember, forward), donate_argnames="seen")
 
     @property
     def compiled_programs(self) -> int:
         """How many there are so far."""
-        functions: tuple[Any, ...] = (self._prefill, self._decode, self._move, self._remember)
+        functions: tuple[Any, ...] = (
+            self._prefill,
+            self._decode,
+            self._forward_pass,
+            self._choose,
+            self._move,
+            self._remember,
+        )
         return sum(function._cache_size() for function in functions)
 
     def prefill(
@@ -114,6 +125,70 @@ class Steps:
             tables=tables,
             capacity=capacity,
             steps=np.int32(steps),
+        )
+
+    def forward_pass(
+        self,
+        layers: Layers,
+        states: RowStates,
+        *,
+        roster: Roster,
+        entries: Entries,
+        tables: Any,
+        capacity: Any,
+    ) -> tuple[Layers, Pass]:
+        """The first half of a *guided* step, in which the host says which tokens may be chosen: one forward
+        pass, over drafts too where the model makes some. The host decides meanwhile.
+
+        Args:
+            layers, states, roster, entries, tables, capacity: as of `decode`; states are not donated.
+
+        Returns:
+            (pools, what `choose` takes).
+        """
+        return self._forward_pass(
+            self.forward.parameters,
+            layers=layers,
+            states=states,
+            roster=roster,
+            entries=entries,
+            tables=tables,
+            capacity=capacity,
+        )
+
+    def choose(
+        self,
+        layers: Layers,
+        snapshots: States,
+        states: RowStates,
+        seen: jax.Array,
+        *,
+        roster: Roster,
+        passed: Pass,
+        allowed: np.ndarray,
+        likeliest: bool,
+    ) -> tuple[Layers, States, RowStates, jax.Array, Block]:
+        """The second half: every row's next tokens.
+
+        Args:
+            layers, snapshots, states, seen, roster: as of `decode`.
+            passed: of `forward_pass` with the same rows; no other step has run since.
+            allowed: uint32 [rows, tokens of the pass, words], as of `sampling.unpack_mask`.
+            likeliest: also say the likeliest tokens.
+
+        Returns:
+            as of `decode`.
+        """
+        return self._choose(
+            self.forward.parameters,
+            layers=layers,
+            snapshots=snapshots,
+            states=states,
+            seen=seen,
+            roster=roster,
+            passed=passed,
+            allowed=allowed,
+            likeliest_asked=np.bool_(likeliest),
         )
 
     def move(self, to: States, given: States, places: np.ndarray, sources: np.ndarray) -> States:

@@ -67,7 +67,7 @@ def evaluate(
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
             chats = [[{"role": "user", "content": problem.question}] for problem in batch]
-            out = model.generate(chats, max_new_tokens=MAX_SOLUTION_TOKENS)
+            out = model.generate(chats, do_sample=False, max_new_tokens=MAX_SOLUTION_TOKENS)
             assert out.texts is not None  # chats need a tokenizer, so there is one
             texts += out.texts
             answers += [extract_answer(text) for text in out.texts]

@@ -194,8 +194,8 @@ class QwenMoeHarness(TemplateLM):
         """A task's generation options as fields of `GenerationConfig`."""
         texts = [text for text in until if text and text != eos]
         found: dict[str, Any] = {"max_new_tokens": count, "stop_strings": texts or None}
-        if asked.get("do_sample"):
-            found["do_sample"] = True
+        found["do_sample"] = bool(asked.get("do_sample"))
+        if found["do_sample"]:
             # what the harness's own models do where a task does not say
             found |= {"top_k": 50, "top_p": 1.0}
             found |= {name: asked[name] for name in _OPTIONS if asked.get(name) is not None}

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.engine.core import Core, Job
+from qwen_moe_jax.engine.core import Core
+from qwen_moe_jax.engine.jobs import Job
 from qwen_moe_jax.errors import EngineError, InputError
 from qwen_moe_jax.formats.cache import PAGE, pages_for
+from qwen_moe_jax.generation.guides import RowGuide
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
@@ -34,6 +36,7 @@ class Asked:
         end_ids: tokens that end a text.
         seed: of this prompt.
         draft_tokens: that a step verifies at most.
+        guides: of each sequence, what has a say in its tokens; empty for none.
         reply: how the reply to a chat is told apart; None for other prompts.
     """
 
@@ -42,6 +45,7 @@ class Asked:
     end_ids: tuple[int, ...]
     seed: int
     draft_tokens: int
+    guides: tuple[RowGuide, ...] = ()
     reply: ReplyForm | None = None
 
 
@@ -255,27 +259,31 @@ class Engine:
 
     def _request(self, asked: Asked, one_by_one: bool) -> tuple[Request, Job]:
         config, tokenizer = asked.config, self._model.tokenizer
-        rows = [
-            Row(tokenizer, asked.end_ids, config.stops, config.max_new_tokens)
-            for _ in range(config.num_return_sequences)
-        ]
+        guides = asked.guides or (None,) * config.num_return_sequences
+        rows = [Row(tokenizer, asked.end_ids, config.stops, config.max_new_tokens, guide) for guide in guides]
         request = Request(
             rows,
             len(asked.ids),
             self,
             logprobs=config.return_logprobs,
+            likeliest=config.top_logprobs > 0,
             texts=tokenizer is not None,
             reply=asked.reply,
         )
         job = Job(
             prompt=asked.ids,
             max_new_tokens=config.max_new_tokens,
-            sampling=tuple(config.row_sampling(asked.seed, index) for index in range(len(rows))),
+            sampling=tuple(
+                config.row_sampling(asked.seed, index, asked.end_ids) for index in range(len(rows))
+            ),
             end_ids=asked.end_ids,
             one_by_one=one_by_one or bool(config.stops),
             draft_tokens=asked.draft_tokens,
-            take=lambda index, token, logprob: self._take(request, index, token, logprob),
+            take=lambda *said: self._take(request, *said),
+            guides=asked.guides,
+            likeliest=config.top_logprobs,
             drafted=request.count_drafts,
+            failed=lambda error: self._give_up(request, error),
         )
         return request, job
 
@@ -359,10 +367,19 @@ class Engine:
         else:
             self._command(end)
 
-    def _take(self, request: Request, index: int, token: int, logprob: float) -> bool:
+    def _give_up(self, request: Request, error: BaseException) -> None:
+        """Ends a request with an error; others go on."""
+        for row in self._running.pop(request, ()):
+            if self._core is not None:
+                self._core.cancel(row)
+        request.end(error)
+
+    def _take(
+        self, request: Request, index: int, token: int, logprob: float, likeliest: dict[int, float] | None
+    ) -> bool:
         if index == 0 and request.first_token is None and (rows := self._running.get(request)):
             request.cached_prompt_tokens = rows[0].cached
-        ended = request.take(index, token, logprob)
+        ended = request.take(index, token, logprob, likeliest)
         if request.done:
             self._running.pop(request, None)
         return ended

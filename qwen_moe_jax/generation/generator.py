@@ -17,9 +17,19 @@ from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import template_options
+from qwen_moe_jax.generation.defaults import with_defaults
 from qwen_moe_jax.generation.engine import Asked, Engine
+from qwen_moe_jax.generation.forms import Forms, grammar_of
+from qwen_moe_jax.generation.guides import (
+    OPEN_THINK,
+    AfterThinking,
+    AllOf,
+    BannedWords,
+    RowGuide,
+    ThinkingBudget,
+)
 from qwen_moe_jax.generation.model import LoadedModel
-from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.options import GenerationConfig, check_ends
 from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
@@ -28,6 +38,8 @@ from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 _SCORERS = 4
 # Rows that are computed together at most where nobody says how many.
 MAX_ROWS = 64
+# Tokens of a prompt whose text says whether it ends with an opened tag.
+_TAIL = 16
 
 
 class Generator(LoadedModel):
@@ -36,6 +48,7 @@ class Generator(LoadedModel):
     _engine: Engine | None = None
     # Engine with the edits of the latest call that had any, which tell it from others.
     _edited: tuple[tuple[Any, ...], Engine] | None = None
+    _forms: Forms | None = None
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
         """Next-token logits of every position.
@@ -101,33 +114,26 @@ class Generator(LoadedModel):
         finally:  # an error, or Ctrl-C: nothing goes on behind it
             for request in requests:
                 request.cancel()
-        return self._with_likeliest(batch, config, edit, _together(requests, found, began))
+        return self._with_prompts(batch, config, edit, _together(requests, found, began))
 
-    def _with_likeliest(
+    def _with_prompts(
         self,
         batch: PromptBatch,
         config: GenerationConfig,
         edit: Mapping[str, Any] | None,
         out: GenerationOutput,
     ) -> GenerationOutput:
-        """The result with what `prompt_logprobs` and `top_logprobs` ask for, from a pass over the texts."""
-        most, inside = config.top_logprobs, config.prompt_logprobs
-        if not most and inside is None:
+        """The result with what `prompt_logprobs` asks for, from a pass over the prompts."""
+        most = config.prompt_logprobs
+        if most is None:
             return out
-        scorer, many = self._scorer(edit), config.num_return_sequences
-        if most:
-            prompts = [row.tolist() for row in batch.rows for _ in range(many)]
-            scored = scorer(prompts, out.sequences, top=most)
-            out = dataclasses.replace(out, top_logprobs=[one.likeliest() for one in scored])
-        if inside is not None:
-            rows = [row.tolist() for row in batch.rows]
-            scored = scorer([row[:1] for row in rows], [row[1:] for row in rows], top=inside)
-            out = dataclasses.replace(
-                out,
-                prompt_logprobs=[[None, *one.logprobs.tolist()] for one in scored],
-                prompt_top_logprobs=[[{}, *one.likeliest()] for one in scored] if inside else None,
-            )
-        return out
+        rows = [row.tolist() for row in batch.rows]
+        scored = self._scorer(edit)([row[:1] for row in rows], [row[1:] for row in rows], top=most)
+        return dataclasses.replace(
+            out,
+            prompt_logprobs=[[None, *one.logprobs.tolist()] for one in scored],
+            prompt_top_logprobs=[[{}, *one.likeliest()] for one in scored] if most else None,
+        )
 
     def _scorer(self, edit: Mapping[str, Any] | None) -> Scorer:
         """The compiled steps of scoring, with edits; the last few are kept."""
@@ -155,8 +161,8 @@ class Generator(LoadedModel):
         template, tools = template_of(options)
         config = self._options(generation_config, options)
         batch = self._rows(prompt, attention_mask, template)
-        if config.top_logprobs or config.prompt_logprobs is not None:
-            raise InputError("stream gives each token's logprob only; use generate for the likeliest ones.")
+        if config.prompt_logprobs is not None:
+            raise InputError("stream gives new tokens only; use generate for prompt_logprobs.")
         if len(batch.rows) != 1 or config.num_return_sequences != 1:
             raise InputError(
                 f"stream takes one prompt and one sequence, and was given {len(batch.rows)} prompts with "
@@ -223,25 +229,27 @@ class Generator(LoadedModel):
     def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
         if config is not None and not isinstance(config, GenerationConfig):
             raise InputError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig.")
-        config = (config or GenerationConfig()).override(**options)
+        config = with_defaults(self.generation_defaults, config, options)
         most = self.draft_tokens
         if config.draft_tokens is not None and config.draft_tokens > most:
             raise InputError(
                 f"draft_tokens is {config.draft_tokens}, and this model drafts at most {most}; load a "
                 f"checkpoint with multi-token prediction, with draft_tokens={config.draft_tokens}."
             )
-        outside = [
-            i
-            for i in (*(config.eos_ids or ()), *config.stop_token_ids)
-            if not 0 <= i < self.config.vocab_size
-        ]
-        if outside:
+        given = {"end": (*(config.eos_ids or ()), *config.stop_token_ids), "biased": config.logit_bias or ()}
+        for name, tokens in given.items():
+            for token in tokens:
+                if not 0 <= token < self.config.vocab_size:
+                    raise InputError(
+                        f"the {name} token {token} is outside the vocabulary of {self.config.vocab_size}."
+                    )
+        if self.tokenizer is None and (config.stops or config.is_guided):
+            named = {"stop_strings": config.stops, "bad_words": config.bad_words}
+            named |= {"response_format": config.response_format is not None}
+            name = next((name for name, value in named.items() if value), "thinking_budget")
             raise InputError(
-                f"the end token {outside[0]} is outside the vocabulary of {self.config.vocab_size}."
-            )
-        if config.stops and self.tokenizer is None:
-            raise InputError(
-                "stop_strings need text, but this checkpoint has no tokenizer.json; use eos_token_id."
+                f"{name} needs text, but this checkpoint has no tokenizer.json; use options of token ids "
+                "(eos_token_id, logit_bias)."
             )
         return config
 
@@ -274,19 +282,19 @@ class Generator(LoadedModel):
         template, tools = template_of(options)
         mask = options.pop("attention_mask", None)
         checked = self._options(config, options)
-        for name in ("top_logprobs", "prompt_logprobs"):
-            if getattr(checked, name) != getattr(GenerationConfig, name):
-                raise InputError(
-                    f"{name} is {getattr(checked, name)}, which generate gives, and a request to an "
-                    f"engine does "
-                    "not; use generate, or score for the texts that it gave."
-                )
+        if checked.prompt_logprobs is not None:
+            raise InputError(
+                f"prompt_logprobs is {checked.prompt_logprobs}, which generate gives, and a request to an "
+                "engine does not; use generate."
+            )
         return self._asked(self._rows(prompt, mask, template), checked, tools)
 
     def _asked(self, batch: PromptBatch, config: GenerationConfig, tools: Any = None) -> list[Asked]:
         self._check_length(batch, config.max_new_tokens)
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
         end_ids = tuple(dict.fromkeys((*end_ids, *config.stop_token_ids)))
+        check_ends(config, end_ids)
+        grammar = grammar_of(config.response_format)
         seeds = config.seeds(len(batch.rows))
         drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
         chats = batch.chats or [None] * len(batch.rows)
@@ -297,10 +305,36 @@ class Generator(LoadedModel):
                 end_ids=end_ids,
                 seed=seed,
                 draft_tokens=drafts,
+                guides=self._guides(row, config, grammar, end_ids),
                 reply=None if chat is None else ReplyForm.behind(chat, tools or ()),
             )
             for row, seed, chat in zip(batch.rows, seeds, chats, strict=True)
         ]
+
+    def _guides(
+        self, prompt: np.ndarray, config: GenerationConfig, grammar: str | None, end_ids: tuple[int, ...]
+    ) -> tuple[RowGuide, ...]:
+        """What has a say in the tokens of each sequence of a prompt; empty for nothing."""
+        guided = grammar is not None or config.bad_words or config.thinking_budget is not None
+        if not guided or self.tokenizer is None:
+            return ()
+        tail = self.tokenizer.decode(prompt[-_TAIL:].tolist(), skip_special_tokens=False)
+        opened = tail.rstrip().endswith(OPEN_THINK)
+        if grammar is not None and self._forms is None:
+            self._forms = Forms(self.tokenizer, self.config.vocab_size)
+        made = []
+        for _ in range(config.num_return_sequences):
+            guides: list[RowGuide] = []
+            if config.bad_words:
+                guides.append(BannedWords(self.tokenizer, config.bad_words))
+            if config.thinking_budget is not None:
+                guides.append(ThinkingBudget(self.tokenizer, config.thinking_budget, opened=opened))
+            if grammar is not None:
+                assert self._forms is not None
+                form = self._forms.guide(grammar, end_ids)
+                guides.append(AfterThinking(form, self.tokenizer) if opened else form)
+            made.append(guides[0] if len(guides) == 1 else AllOf(guides))
+        return tuple(made)
 
 
 def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:
@@ -311,6 +345,9 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
         sequences=[row for out in found for row in out.sequences],
         texts=None if found[0].texts is None else [text for out in found for text in out.texts or ()],
         messages=None if found[0].messages is None else [m for out in found for m in out.messages or ()],
+        top_logprobs=None
+        if found[0].top_logprobs is None
+        else [row for out in found for row in out.top_logprobs or ()],
         finish_reasons=[reason for out in found for reason in out.finish_reasons],
         logprobs=None if found[0].logprobs is None else [row for out in found for row in out.logprobs or ()],
         usage=Usage(

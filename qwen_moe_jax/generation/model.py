@@ -22,6 +22,7 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.experiments.runs import CompiledPasses
 from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
+from qwen_moe_jax.generation.defaults import read_defaults
 from qwen_moe_jax.generation.describe import ModelDescription, describe_model
 from qwen_moe_jax.generation.loading import (
     Loaded,
@@ -63,6 +64,8 @@ class LoadedModel:
         read_bytes: bytes of weights that this process read from files.
         sequence_logits: the compiled forward that `logits` uses.
         draft_tokens: that multi-token prediction drafts at most for a step; 0 where it does not.
+        generation_defaults: what the checkpoint's generation_config.json sets, which holds where a call says
+            nothing else.
     """
 
     def __init__(self, loaded: Loaded, folder: Path, layout: Layout | None, kernels: Kernels):
@@ -83,6 +86,7 @@ class LoadedModel:
         self._scorers: dict[tuple[Any, ...], Scorer] = {}
         self._decoder = decoder
         self._parameters = loaded.forward.parameters
+        self.generation_defaults = read_defaults(folder)
         self._eos_ids = loaded.eos_token_ids
         if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self._eos_ids = (self.tokenizer.eos_token_id,)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwen_moe_jax.engine.sampling import RowSampling
+from qwen_moe_jax.engine.sampling import MOST_BIASES, MOST_ENDS, RowSampling
 from qwen_moe_jax.errors import InputError
 
 # What the model cards of Qwen3.5 recommend ("Best Practices", Qwen/Qwen3.5-35B-A3B), by name.
@@ -18,6 +18,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
 }
 MOST_LIKELIEST = 20  # tokens that are named in a place, at most
+# Options that only mean something where tokens are drawn.
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 # Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
 SMALLEST = 1e-6
 LARGEST = 1e6
@@ -38,6 +40,14 @@ class GenerationConfig:
             prompt or the text so far; 1 is off (Keskar et al., arXiv:1909.05858).
         presence_penalty: subtracted once from the logits of tokens generated so far.
         frequency_penalty: subtracted from a token's logit for each time it was generated.
+        min_new_tokens: no end-of-text token before there are so many; stop strings may come earlier.
+        logit_bias: token id -> what is added to its logit; -inf bans a token.
+        bad_words: texts that are never written, however they would be divided into tokens.
+        thinking_budget: tokens after which the end of a reply's thinking is forced; None for no budget.
+        response_format: the form that a reply must have, behind its thinking: {"type": "json_schema",
+            "json_schema": {"schema": ...}}, {"type": "json_object"}, {"type": "regex", "pattern": ...} or
+            {"type": "grammar", "grammar": ...} in llguidance's Lark; None or {"type": "text"} for any. Needs
+            the extra `structured`.
         eos_token_id: ids that end a text; None means the checkpoint's own, an empty list none.
         stop_token_ids: further ids that end a text, beside `eos_token_id`.
         ignore_eos: no end-of-text token ends a text, not even the checkpoint's own.
@@ -63,6 +73,11 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    min_new_tokens: int = 0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] = ()
+    thinking_budget: int | None = None
+    response_format: Mapping[str, Any] | None = None
     eos_token_id: int | Sequence[int] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -86,11 +101,7 @@ class GenerationConfig:
         Raises:
             InputError: a name that is no field (the nearest one is suggested), or a bad value.
         """
-        preset = changes.pop("preset", None)
-        if preset is not None:
-            if preset not in PRESETS:
-                raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
-            changes = PRESETS[preset] | changes
+        changes = self.expand(changes)
         names = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in names:
@@ -98,6 +109,26 @@ class GenerationConfig:
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}."
                 raise InputError(f"{name!r} is not a generation option; {hint}")
         return dataclasses.replace(self, **changes)
+
+    @staticmethod
+    def expand(changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with those of a `preset`, which others override.
+
+        Raises:
+            InputError: no such preset.
+        """
+        changes = dict(changes)
+        preset = changes.pop("preset", None)
+        if preset is None:
+            return changes
+        if preset not in PRESETS:
+            raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+        return PRESETS[preset] | changes
+
+    @property
+    def is_guided(self) -> bool:
+        """The host has a say in which tokens are chosen."""
+        return bool(self.bad_words) or self.thinking_budget is not None or self.response_format is not None
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
@@ -115,19 +146,27 @@ class GenerationConfig:
             return ()
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
-    def row_sampling(self, seed: int, sequence_index: int) -> RowSampling:
+    def row_sampling(self, seed: int, sequence_index: int, end_ids: Sequence[int] = ()) -> RowSampling:
         """How the tokens of one sequence are chosen.
 
         Args:
             seed: of its prompt.
             sequence_index: its number among the prompt's sequences.
+            end_ids: tokens that end it.
         """
-        names = {field.name for field in dataclasses.fields(RowSampling)} - {"seed", "sequence_index"}
+        names = {field.name for field in dataclasses.fields(RowSampling)}
+        names -= {"seed", "sequence_index", "biases", "ends"}
         values = {name: getattr(self, name) for name in names}
         if self.temperature == 0:  # the most likely token, as without do_sample
             values |= {"do_sample": False, "temperature": 1.0}
         values["top_k"] = max(0, values["top_k"])
-        return RowSampling(**values, seed=seed, sequence_index=sequence_index)
+        return RowSampling(
+            **values,
+            seed=seed,
+            sequence_index=sequence_index,
+            biases=tuple((self.logit_bias or {}).items()),
+            ends=tuple(end_ids) if self.min_new_tokens else (),
+        )
 
     def seeds(self, prompts: int) -> list[int]:
         """One seed a prompt.
@@ -160,7 +199,7 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def _check_types(c: GenerationConfig) -> None:
-    for name in ("max_new_tokens", "top_k", "num_return_sequences"):
+    for name in ("max_new_tokens", "top_k", "num_return_sequences", "min_new_tokens"):
         _require(_is_int(getattr(c, name)), name, getattr(c, name), "an integer")
     for name in (
         "temperature",
@@ -176,6 +215,16 @@ def _check_types(c: GenerationConfig) -> None:
     _require(inside is None or _is_int(inside), "prompt_logprobs", inside, "an integer, or None")
     drafts = c.draft_tokens
     _require(drafts is None or _is_int(drafts), "draft_tokens", drafts, "an integer, or None")
+    budget, words = c.thinking_budget, c.bad_words
+    _require(budget is None or _is_int(budget), "thinking_budget", budget, "an integer, or None")
+    words_ok = _is_list_of(words, lambda s: isinstance(s, str) and s != "")
+    _require(words_ok, "bad_words", words, "a list of texts that are not empty")
+    bias, form = c.logit_bias, c.response_format
+    bias_ok = bias is None or (
+        isinstance(bias, Mapping) and all(map(_is_int, bias)) and all(map(_is_number, bias.values()))
+    )
+    _require(bias_ok, "logit_bias", bias, "a dict of token ids and numbers, or None")
+    _require(form is None or isinstance(form, Mapping), "response_format", form, "a dict, or None")
     stop_ids = c.stop_token_ids
     _require(_is_list_of(stop_ids, _is_int), "stop_token_ids", stop_ids, "a list of token ids")
     for name in ("do_sample", "return_logprobs", "ignore_eos"):
@@ -195,6 +244,7 @@ def _check_types(c: GenerationConfig) -> None:
 
 def _check_ranges(c: GenerationConfig) -> None:
     _require(c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1")
+    _check_guides(c)
     _require(c.num_return_sequences >= 1, "num_return_sequences", c.num_return_sequences, "at least 1")
     span = f"a number from {SMALLEST:g} to {LARGEST:g}"
     hot = c.temperature == 0 or SMALLEST <= c.temperature <= LARGEST
@@ -212,9 +262,38 @@ def _check_ranges(c: GenerationConfig) -> None:
         _require(abs(value) <= LARGEST, name, value, f"a number from -{LARGEST:g} to {LARGEST:g}")
 
 
+def _check_guides(c: GenerationConfig) -> None:
+    least = c.min_new_tokens
+    _require(
+        0 <= least <= c.max_new_tokens, "min_new_tokens", least, f"0 to max_new_tokens ({c.max_new_tokens})"
+    )
+    _require((c.thinking_budget or 0) >= 0, "thinking_budget", c.thinking_budget, "0 or more")
+    bias = c.logit_bias or {}
+    _require(len(bias) <= MOST_BIASES, "the length of logit_bias", len(bias), f"at most {MOST_BIASES}")
+    for token, value in bias.items():
+        bounded = value == -float("inf") or abs(value) <= LARGEST
+        _require(
+            bounded, f"logit_bias[{token}]", value, f"-inf, or a number from -{LARGEST:g} to {LARGEST:g}"
+        )
+    if c.response_format is not None and least:
+        raise InputError(
+            f"min_new_tokens is {least} and response_format is given, whose reply ends where its form is "
+            "complete; give one of the two."
+        )
+
+
+def check_ends(config: GenerationConfig, end_ids: Sequence[int]) -> None:
+    """Raises InputError where `min_new_tokens` would have to hold back too many end tokens."""
+    if config.min_new_tokens and len(end_ids) > MOST_ENDS:
+        raise InputError(
+            f"min_new_tokens holds at most {MOST_ENDS} end tokens back, and there are {len(end_ids)}; give "
+            "fewer with eos_token_id."
+        )
+
+
 def _check_greedy(c: GenerationConfig) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in SAMPLING_OPTIONS:
         if getattr(c, name) not in (
             defaults[name],
             {"temperature": 0, "top_k": -1}.get(name, defaults[name]),

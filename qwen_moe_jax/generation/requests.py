@@ -43,6 +43,7 @@ class Request:
         runner: Runner,
         *,
         logprobs: bool,
+        likeliest: bool,
         texts: bool,
         reply: ReplyForm | None = None,
     ):
@@ -55,7 +56,7 @@ class Request:
         self._drafted = self._accepted = 0
         self._rows = rows
         self._runner = runner
-        self._logprobs, self._texts = logprobs, texts
+        self._logprobs, self._likeliest, self._texts = logprobs, likeliest, texts
         self._pieces: list[Piece] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -135,6 +136,7 @@ class Request:
             else [self._reply.message_of(row.text or "") for row in self._rows],
             finish_reasons=[str(row.finish_reason) for row in self._rows],
             logprobs=[row.logprobs for row in self._rows] if self._logprobs else None,
+            top_logprobs=[row.likeliest for row in self._rows] if self._likeliest else None,
             usage=Usage(
                 prompt_tokens=self.prompt_tokens,
                 cached_prompt_tokens=self.cached_prompt_tokens,
@@ -153,12 +155,17 @@ class Request:
 
     # What the engine says.
 
-    def take(self, index: int, token: int, logprob: float) -> bool:
+    def take(self, index: int, token: int, logprob: float, likeliest: dict[int, float] | None) -> bool:
         """A sequence's next token; returns whether the sequence has ended."""
         row = self._rows[index]
-        text = row.push(token, logprob)
+        text = row.push(token, logprob, likeliest)
         piece = Piece(
-            text=text, token_id=token, logprob=logprob, finish_reason=row.finish_reason, index=index
+            text=text,
+            token_id=token,
+            logprob=logprob,
+            finish_reason=row.finish_reason,
+            index=index,
+            top_logprobs=likeliest,
         )
         with self._changed:
             self._pieces.append(piece)

@@ -43,8 +43,8 @@ class GenerationOutput:
         messages: of chats, each reply as a message, {"role": "assistant", "content": ...}, with
             "reasoning_content" where it thought and "tool_calls" where it calls tools; None for other
             prompts.
-        top_logprobs: of each token, the likeliest ones in its place -> log-probability, best first; None
-            unless asked for. Of a pass over the whole text: equal to `logprobs` within rounding.
+        top_logprobs: of each token, the likeliest ones in its place -> log-probability, best first, under the
+            model's own distribution; None unless asked for.
         prompt_logprobs: of each prompt, each token's log-probability after those before it (None for the
             first); None unless asked for.
         prompt_top_logprobs: the same with the likeliest tokens in each place.
@@ -85,6 +85,7 @@ class Piece:
         logprob: as in `GenerationOutput`.
         finish_reason: on the last piece of a sequence "stop" or "length", else None.
         index: number of the sequence among those of its prompt.
+        top_logprobs: as in `GenerationOutput`; None unless asked for.
     """
 
     text: str
@@ -92,3 +93,4 @@ class Piece:
     logprob: float
     finish_reason: str | None
     index: int = 0
+    top_logprobs: dict[int, float] | None = None

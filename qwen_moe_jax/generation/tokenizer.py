@@ -1,5 +1,6 @@
 """The checkpoint's own tokenizer."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,28 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids known to the tokenizer; a model's vocabulary may be padded beyond it."""
         return self.backend.get_vocab_size()
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; nothing for ids without text."""
+        # Byte-level vocabularies (Radford et al. 2019) write each byte as a character: these are the bytes
+        # that print as themselves, and all others from U+0100 on.
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printed]
+        of_character = {chr(byte): byte for byte in printed}
+        of_character |= {chr(256 + number): byte for number, byte in enumerate(others)}
+        byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
+        added = self.backend.get_added_tokens_decoder()
+        found = []
+        for token in range(self.vocab_size):
+            text = self.backend.id_to_token(token)
+            if token in added:
+                found.append(b"" if added[token].special else added[token].content.encode())
+            elif byte_level and text is not None and all(c in of_character for c in text):
+                found.append(bytes(of_character[c] for c in text))
+            else:
+                found.append(self.decode([token]).encode())
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Nothing is added; special tokens written in it are recognised."""

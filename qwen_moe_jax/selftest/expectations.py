@@ -140,7 +140,7 @@ def make_expectations(folder: Path) -> Expectations:
         if len(rows) == _PROBLEMS:
             break
         prompt = model.tokenizer.encode(model.chat_template.render(chat))
-        tokens = model.generate([prompt], max_new_tokens=MAX_SOLUTION_TOKENS).sequences[0]
+        tokens = model.generate([prompt], do_sample=False, max_new_tokens=MAX_SOLUTION_TOKENS).sequences[0]
         logits = np.asarray(model.logits([[*prompt, *tokens]]))[0]
         margin = min(_margins(logits[len(prompt) - 1 : -1], tokens))
         if margin >= _CLEAR:

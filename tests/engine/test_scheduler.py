@@ -27,7 +27,6 @@ def make(**changes) -> Scheduler:
         "page_length": PAGE,
         "snapshots": 12,
         "shapes": shapes((1, 4), (1, 16), (2, 8)),
-        "row_buckets": [1, 2, 3],
         "context": 200,
     }
     return Scheduler(**(options | changes))
@@ -83,7 +82,7 @@ machines = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=250, derandomize=True)
 @given(requests, machines, st.integers(0, 2), st.sampled_from([1, 3, 16]))
 def test_every_request_gets_what_it_gets_alone_and_nothing_is_lost(asked, machine, lag, most_steps):
-    scheduler = make(**machine, row_buckets=list(range(1, machine["slots"] + 1)))
+    scheduler = make(**machine)
     device = FakeDevice(scheduler, vocabulary=VOCABULARY, lag=lag, page_length=PAGE)
     arriving, cancelling, every, cancelled = list(asked), [], [], set()
     pause, steps = 0, 0
@@ -231,7 +230,7 @@ def test_a_step_that_rows_wait_for_is_short():
 
 
 def test_chunks_of_several_prompts_go_together_where_that_is_worth_it():
-    scheduler = make(slots=4, row_buckets=[4], shapes=shapes((1, 4), (1, 16), (4, 16)), prefix_cache=False)
+    scheduler = make(slots=4, shapes=shapes((1, 4), (1, 16), (4, 16)), prefix_cache=False)
     for n in range(1, 5):
         scheduler.submit(prompt(*[n] * 13), 1)
     step = scheduler.plan()

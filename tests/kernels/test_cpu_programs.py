@@ -9,8 +9,8 @@ from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.engine.plan import BORDERS
-from qwen_moe_jax.engine.rows import END_IDS, Entries, Roster, RowStates
-from qwen_moe_jax.engine.sampling import RowSampling, SamplingParams
+from qwen_moe_jax.engine.rows import Entries, Roster, RowStates
+from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
 from qwen_moe_jax.formats.cache import KVCache, Placement
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
 
@@ -42,7 +42,7 @@ def decode(model, pools):
     roster = Roster(
         slots=rows,
         limit=rows,
-        end_ids=given("int32", ROWS, END_IDS),
+        end_ids=given("int32", ROWS, MOST_ENDS),
         draft_limit=rows,
         places=given("int32", ROWS, BORDERS),
         sampling=SamplingParams.of([RowSampling()] * ROWS),

@@ -137,7 +137,7 @@ class FakeDevice:
         assert len(set(places)) == len(places)
         results = []
         for row in step.rows:
-            assert 0 <= row.row < step.bucket
+            assert 0 <= row.row < step.width
             self._waits[row.sequence] = 0
             key = (row.rank, row.slot)
             if row.token is not None:
