@@ -1,42 +1,18 @@
-"""The `qwen-moe-jax` command: generate, eval, inspect, check, convert, quantize, selftest, and `aot`'s.
+"""The `qwen-moe-jax` command, and what looks at checkpoints; see `text_commands`, `aot`, `selftest` for more.
 
 An error a user can cause is one line on stderr and exit status 2; `--debug` shows where it came from. A
 layout that disagrees with one device is exit status 1.
 """
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
-from math import prod
-from typing import Any, NoReturn
 
 from qwen_moe_jax.aot.commands import add_commands, kernels_asked
+from qwen_moe_jax.command_line import Parser, layout_options, load_model, mesh_of, say
 from qwen_moe_jax.errors import InputError, QwenMoeError
 from qwen_moe_jax.selftest import add_command as add_selftest
-
-_SAMPLING_OPTIONS = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes no shortened options, and reports a wrong command line in one line, exit status 2."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"qwen-moe-jax: {message} (see {self.prog} --help)\n")
+from qwen_moe_jax.text_commands import add_commands as add_text_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="qwen-moe-jax", description="Qwen3.5 MoE inference in JAX.")
+    parser = Parser(prog="qwen-moe-jax", description="Qwen3.5 MoE inference in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    loading = _Parser(add_help=False)
+    loading = Parser(add_help=False)
     loading.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (the checkpoint's own)")
     loading.add_argument(
         "--kernels",
@@ -76,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-compilation-cache", action="store_true", help="keep no compiled programs for the next run"
     )
 
-    sizes = _Parser(add_help=False)
+    sizes = Parser(add_help=False)
     mesh = sizes.add_argument_group("mesh", "on a CPU, as many devices are pretended as the mesh needs")
     for axis, meaning in (
         ("data", "groups of devices with other rows of the batch"),
@@ -88,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     mesh.add_argument("--shared-expert", default="auto", help="auto, prescaled, outside, sharded or fused")
     mesh.add_argument("--expert-dispatch", default="psum", help="psum or all_to_all")
     mesh.add_argument("--exact", action="store_true", help="the same bits for every --expert")
-    several = _Parser(add_help=False)
+    several = Parser(add_help=False)
     group = several.add_argument_group(
         "several processes", "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     )
@@ -96,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--num-processes", type=int, metavar="N")
     group.add_argument("--process-id", type=int, metavar="N", help="this one's, from 0; 0 prints")
     running = [common, loading, sizes, several]
-    drafting = _Parser(add_help=False)
+    drafting = Parser(add_help=False)
     drafting.add_argument(
         "--draft-tokens",
         type=lambda text: text if text == "auto" else int(text),
@@ -105,30 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens that multi-token prediction drafts a step, if the checkpoint holds it; 0 for none",
     )
 
-    command = commands.add_parser(
-        "generate", parents=[*running, drafting], help="continue a prompt, or a file of them"
-    )
-    command.add_argument("prompt", nargs="?")
-    command.add_argument(
-        "--input", metavar="FILE", help="JSON lines with prompt or messages, and id and options if wanted"
-    )
-    command.add_argument(
-        "--output", metavar="FILE", help="JSON lines of replies; started again, the missing ones follow"
-    )
-    command.add_argument("--max-rows", type=int, default=64, help="sequences computed together (default 64)")
-    command.add_argument("--memory", type=int, metavar="BYTES", help="of a device, for pages and states")
-    command.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its start")
-    command.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    command.add_argument(
-        "--raw", action="store_true", help="continue the text itself, without a chat template"
-    )
-    command.add_argument("--system", help="system message of the chat")
-    command.add_argument("--no-thinking", action="store_true", help="tell the chat template so")
-    command.add_argument("--do-sample", action="store_true", help="draw tokens at random")
-    command.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
-    for name, kind in _SAMPLING_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    command.set_defaults(run=_generate)
+    add_text_commands(commands, [*running, drafting])
 
     command = commands.add_parser(
         "eval", parents=[*running, drafting], help="accuracy on held-out word problems"
@@ -187,106 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mesh(options: argparse.Namespace) -> Any:
-    """The mesh that the options ask for, or None; joins the other processes first."""
-    import jax
-
-    from qwen_moe_jax.parallel.mesh import make_mesh
-    from qwen_moe_jax.parallel.processes import start_processes
-
-    sizes = (options.data, options.expert, options.tensor)
-    processes = start_processes(options.coordinator, options.num_processes, options.process_id)
-    if processes > 1:
-        # Standard output is for results: gloo would write its greetings to it.
-        sys.stdout = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-    pretended = -(-prod(sizes) // processes)
-    if pretended > max(1, jax.config.jax_num_cpu_devices):  # type: ignore[attr-defined]
-        # Refused once devices are in use, as in a notebook: then those that there are have to do.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", pretended)
-    return make_mesh(*sizes) if processes > 1 or sizes != (1, 1, 1) else None
-
-
-def _layout_options(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("shared_expert", "expert_dispatch", "exact", "attention")
-    return {name: getattr(options, name) for name in names}
-
-
-def _print(*text: Any, **how: Any) -> None:
-    """Prints, in the first of several processes."""
-    import jax
-
-    if jax.process_index() == 0:
-        print(*text, **how)
-
-
-def _load(path: str, options: argparse.Namespace, **layout: Any) -> Any:
-    from qwen_moe_jax.generation.api import QwenMoe
-
-    model = QwenMoe.from_pretrained(
-        path,
-        dtype=options.dtype,
-        kernels=kernels_asked(options.kernels),
-        progress=sys.stderr.isatty(),
-        compilation_cache=None if options.no_compilation_cache else "auto",
-        draft_tokens=getattr(options, "draft_tokens", 0),
-        **layout,
-    )
-    for family, count in model.skipped.items():
-        use = "; --draft-tokens N drafts with them" if family == "mtp" else ""
-        _print(
-            f"{count} tensors of {family} are not part of text generation and were not read{use}.",
-            file=sys.stderr,
-        )
-    return model
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from qwen_moe_jax.generation.options import GenerationConfig
-
-    if (options.prompt is None) == (options.input is None):
-        raise InputError("generate takes a prompt, or --input with a file of them; give one of the two.")
-    if (options.input is None) != (options.output is None):
-        raise InputError("--input and --output go together: prompts from one file, replies to the other.")
-    if options.prompt is not None and not options.prompt.strip():
-        raise InputError("the prompt is empty; give the text to answer or continue.")
-    given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS if getattr(options, name) is not None}
-    config = GenerationConfig().override(**given, do_sample=options.do_sample, stop_strings=options.stop)
-    model = _load(options.model, options, mesh=_mesh(options), **_layout_options(options))
-    chat = not options.raw and model.chat_template is not None
-    if not chat and (options.system or options.no_thinking):
-        raise InputError(
-            "--system and --no-thinking need a chat template, and the prompt is taken as plain text."
-        )
-
-    def as_prompt(text: Any) -> Any:
-        if not chat or not isinstance(text, str):
-            return text
-        system = [{"role": "system", "content": options.system}] if options.system else []
-        return [*system, {"role": "user", "content": text}]
-
-    thinking = {"enable_thinking": False} if options.no_thinking else {}
-    if options.input is None:
-        for piece in model.stream(as_prompt(options.prompt), config, **thinking):
-            _print(piece.text, end="", flush=True)
-        return _print()
-    from qwen_moe_jax.generation.json_lines import run_file
-
-    cache = not options.no_prefix_cache
-    with model.engine(options.max_rows, options.memory, prefix_cache=cache) as engine:
-        written, there = run_file(
-            engine,
-            options.input,
-            options.output,
-            options=given | thinking | {"do_sample": options.do_sample, "stop_strings": options.stop},
-            as_prompt=as_prompt,
-            progress=sys.stderr.isatty(),
-        )
-    kept = f" ({there} were there)" if there else ""
-    _print(f"wrote {written} replies to {options.output}{kept}")
-
-
 def _evaluate(options: argparse.Namespace) -> None:
     from qwen_moe_jax.evaluation.evaluate import evaluate
     from qwen_moe_jax.evaluation.word_problems import held_out
@@ -299,17 +152,17 @@ def _evaluate(options: argparse.Namespace) -> None:
         problems = held_out(options.problems, options.seed, unseen_templates=options.unseen_templates)
     except ValueError as error:
         raise InputError(f"--problems is {options.problems}: {error}.") from None
-    model = _load(options.model, options, mesh=_mesh(options), **_layout_options(options))
+    model = load_model(options.model, options)
     result = evaluate(model, problems, batch_size=options.batch_size, progress=True)
     kind = "templates never trained on" if options.unseen_templates else "seen templates with new numbers"
-    _print(f"accuracy on {kind}: {result}")
+    say(f"accuracy on {kind}: {result}")
     wrong = [
         (problem, text)
         for problem, text, answer in zip(problems, result.texts, result.answers, strict=True)
         if answer != problem.answer
     ]
     for problem, text in wrong[: options.show_mistakes]:
-        _print(f"\n{problem.question}\n  expected: {problem.solution}\n  answered: {text}")
+        say(f"\n{problem.question}\n  expected: {problem.solution}\n  answered: {text}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -325,7 +178,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if device is not None or sizes != (1, 1, 1):
         from qwen_moe_jax.parallel.memory import device_memory
 
-        choices = _layout_options(options)
+        choices = layout_options(options)
         print(device_memory(summary.config, sizes, summary.context, device=device, **choices))
 
 
@@ -343,16 +196,16 @@ def _check(options: argparse.Namespace) -> int:
     config = ModelConfig.from_file(folder)
     compute = compute_dtype(options.dtype, folder, config)
     enable_compilation_cache(None if options.no_compilation_cache else "auto")
-    mesh = _mesh(options)
+    mesh = mesh_of(options)
     if mesh is None:
         raise InputError(
             "a mesh of one device has nothing to disagree with; give --data, --expert or --tensor."
         )
     kernels = make_kernels(current_target(), kernels_asked(options.kernels))
-    layout = choose_layout(config, mesh, compute=compute, kernels=kernels, **_layout_options(options))
+    layout = choose_layout(config, mesh, compute=compute, kernels=kernels, **layout_options(options))
     assert layout is not None  # there is a mesh
     report = check_layout(folder, layout, compute, kernels, seed=options.seed, progress=sys.stderr.isatty())
-    _print(report)
+    say(report)
     return 0 if report.ok else 1
 
 

@@ -22,11 +22,13 @@ class Group:
         leader: the one that computes it.
         ready: all of the prompt is planned.
         waiting: sequences that have not begun.
+        left: (data rank, node) that others have left behind for them.
     """
 
     leader: "Sequence"
     ready: bool
     waiting: int
+    left: list[tuple[int, Node]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)

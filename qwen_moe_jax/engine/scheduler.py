@@ -463,7 +463,10 @@ class Scheduler:
                 rank.tree.snapshots.release(place)
         sequence.places, sequence.in_flight = [None] * BORDERS, []
         rank.tree.unpin(sequence.node)
-        if not self._prefix_cache and (sequence.group is None or not sequence.group.waiting):
+        group = sequence.group
+        if not self._prefix_cache and group is not None and group.waiting:
+            group.left.append((sequence.rank, sequence.node))
+        elif not self._prefix_cache:
             rank.tree.forget(sequence.node)
         for page in sequence.pages:
             rank.pool.release(page)
@@ -488,6 +491,10 @@ class Scheduler:
         if group is None:
             return
         group.waiting -= not sequence.was_admitted
+        if not group.waiting:
+            while group.left:
+                rank, node = group.left.pop()
+                self._ranks[rank].tree.forget(node)
         if group.leader is sequence and not group.ready:
             others = [s for s in self._waiting if s.group is group]
             if others:

@@ -140,6 +140,7 @@ class ChatTemplate:
             InputError: messages of another form, or the template refuses them.
         """
         check_messages(messages)
+        messages = [_with_arguments(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
                 raise InputError(
@@ -223,6 +224,27 @@ def template_options(
     elif not add_generation_prompt:
         found["add_generation_prompt"] = False
     return found
+
+
+def _with_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls have objects as arguments, which templates expect; clients send JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return message
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        text = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(text, str):
+            try:
+                arguments = json.loads(text or "{}")
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise InputError(f"a tool call has the arguments {text!r:.100}; expected a JSON object.")
+            call = {**call, "function": {**(function or {}), "arguments": arguments}}
+        found.append(call)
+    return {**message, "tool_calls": found}
 
 
 def _is_tool(tool: Any) -> bool:

@@ -7,56 +7,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from qwen_moe_jax.engine.core import Core
 from qwen_moe_jax.engine.jobs import Job
 from qwen_moe_jax.errors import EngineError, InputError
-from qwen_moe_jax.formats.cache import PAGE, pages_for
-from qwen_moe_jax.generation.guides import RowGuide
+from qwen_moe_jax.generation.asked import Asked, Model, limited, options_of_each
 from qwen_moe_jax.generation.options import GenerationConfig
-from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput
 from qwen_moe_jax.generation.stopping import Row
-from qwen_moe_jax.generation.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A prompt as ids, and how it is to be continued.
-
-    Attributes:
-        ids: int32 [tokens].
-        config: checked.
-        end_ids: tokens that end a text.
-        seed: of this prompt.
-        draft_tokens: that a step verifies at most.
-        guides: of each sequence, what has a say in its tokens; empty for none.
-        reply: how the reply to a chat is told apart; None for other prompts.
-    """
-
-    ids: np.ndarray
-    config: GenerationConfig
-    end_ids: tuple[int, ...]
-    seed: int
-    draft_tokens: int
-    guides: tuple[RowGuide, ...] = ()
-    reply: ReplyForm | None = None
-
-
-class Model(Protocol):
-    """What an engine needs to know of its model beside its steps."""
-
-    tokenizer: Tokenizer | None
-
-    def asked(self, prompt: Any, config: GenerationConfig | None, options: dict[str, Any]) -> list[Asked]:
-        """Prompts of any form, with their options; one entry a prompt. Raises InputError."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,13 +116,19 @@ class Engine:
         self._core = None
 
     def submit(
-        self, prompt: Any, generation_config: GenerationConfig | None = None, **options: Any
+        self,
+        prompt: Any,
+        generation_config: GenerationConfig | None = None,
+        *,
+        one_by_one: bool = True,
+        **options: Any,
     ) -> Request:
         """Queues one prompt; returns at once.
 
         Args:
             prompt: a text, chat messages, or token ids.
             generation_config: how; see `GenerationConfig`.
+            one_by_one: somebody reads along. Without, tokens may come several at a time, which costs less.
             **options: its fields, which override it, and for chats those of `chat.template_options`.
 
         Raises:
@@ -170,7 +139,7 @@ class Engine:
         asked = self._model.asked(prompt, generation_config, options)
         if len(asked) != 1:
             raise InputError(f"submit takes one prompt, and was given {len(asked)}; use run, or submit each.")
-        return self.start(asked, one_by_one=True)[0]
+        return self.start(asked, one_by_one=one_by_one)[0]
 
     def run(
         self,
@@ -195,7 +164,7 @@ class Engine:
             InputError: as for `submit`; of all prompts before the first is run.
         """
         listed = list(prompts)
-        each = _options_of_each(options, len(listed))
+        each = options_of_each(options, len(listed))
         asked: list[Asked] = []
         for number, (prompt, given) in enumerate(zip(listed, each, strict=True)):
             name = names[number] if names else f"prompt {number}"
@@ -242,8 +211,7 @@ class Engine:
             EngineError: the engine was closed.
         """
         core = self._checked_core()
-        for one in asked:
-            check_fits(core, len(one.ids), one.config.max_new_tokens)
+        asked = [limited(one, core.sizes.pages) for one in asked]
         pairs = [self._request(one, one_by_one) for one in asked]
 
         def submit(core: Core) -> None:
@@ -259,6 +227,7 @@ class Engine:
 
     def _request(self, asked: Asked, one_by_one: bool) -> tuple[Request, Job]:
         config, tokenizer = asked.config, self._model.tokenizer
+        assert config.max_new_tokens is not None
         guides = asked.guides or (None,) * config.num_return_sequences
         rows = [Row(tokenizer, asked.end_ids, config.stops, config.max_new_tokens, guide) for guide in guides]
         request = Request(
@@ -433,31 +402,3 @@ class Engine:
             running, self._running = self._running, {}
         for request in running:
             request.end(error)
-
-
-def check_fits(core: Core, prompt_tokens: int, new_tokens: int) -> None:
-    """Raises InputError if a sequence can never have the pages it needs."""
-    # the last token is never written
-    needed, pages = pages_for(prompt_tokens + new_tokens - 1), core.sizes.pages
-    if needed > pages:
-        raise InputError(
-            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones need {needed} pages of {PAGE} "
-            f"tokens, and the engine has {pages}; give the engine more memory, or fewer tokens."
-        )
-
-
-def _options_of_each(
-    options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, prompts: int
-) -> Sequence[Mapping[str, Any]]:
-    if options is None or isinstance(options, Mapping):
-        return [options or {}] * prompts
-    if isinstance(options, str) or not isinstance(options, Sequence):
-        raise InputError(
-            f"options is a {type(options).__name__}; expected a mapping, or one for each prompt."
-        )
-    if len(options) != prompts:
-        raise InputError(f"options holds {len(options)} entries for {prompts} prompts; give one for each.")
-    bad = [entry for entry in options if not isinstance(entry, Mapping)]
-    if bad:
-        raise InputError(f"options holds a {type(bad[0]).__name__}; expected a mapping for each prompt.")
-    return options

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_moe_jax.errors import EngineError, InputError
+from qwen_moe_jax.errors import EngineError, InputError, MissingExtraError
 from qwen_moe_jax.generation.guides import RowGuide
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 
@@ -28,7 +28,8 @@ def grammar_of(response_format: Any) -> str | None:
     """A `response_format` in llguidance's own language; None for plain text.
 
     Raises:
-        InputError: another form, or llguidance is not installed.
+        InputError: another form.
+        MissingExtraError: llguidance is not installed.
     """
     if response_format is None:
         return None
@@ -136,7 +137,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise InputError(
+        raise MissingExtraError(
             'response_format needs llguidance; install it with pip install "qwen-moe-jax[structured]".'
         ) from None
     return llguidance

@@ -15,10 +15,11 @@ from qwen_moe_jax.engine.pools import pool_sizes
 from qwen_moe_jax.engine.scoring import Scorer
 from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.generation.asked import Asked
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import template_options
 from qwen_moe_jax.generation.defaults import with_defaults
-from qwen_moe_jax.generation.engine import Asked, Engine
+from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.forms import Forms, grammar_of
 from qwen_moe_jax.generation.guides import (
     OPEN_THINK,
@@ -290,7 +291,7 @@ class Generator(LoadedModel):
         return self._asked(self._rows(prompt, mask, template), checked, tools)
 
     def _asked(self, batch: PromptBatch, config: GenerationConfig, tools: Any = None) -> list[Asked]:
-        self._check_length(batch, config.max_new_tokens)
+        self._check_length(batch, config.max_new_tokens or 1)
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
         end_ids = tuple(dict.fromkeys((*end_ids, *config.stop_token_ids)))
         check_ends(config, end_ids)
@@ -302,6 +303,7 @@ class Generator(LoadedModel):
             Asked(
                 ids=row,
                 config=config,
+                room=self.config.max_position_embeddings - len(row),
                 end_ids=end_ids,
                 seed=seed,
                 draft_tokens=drafts,

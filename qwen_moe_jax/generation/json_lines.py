@@ -85,6 +85,10 @@ def _parsed(text: str, where: str, number: int) -> PromptLine:
     options = given.get("options", {})
     if not isinstance(options, dict):
         raise InputError(f"{where} has options of type {type(options).__name__}; expected an object.")
+    bias = options.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has texts as keys
+        numbers = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
+        options = {**options, "logit_bias": numbers}
     return PromptLine(number, identity, given.get("prompt", given.get("messages")), options)
 
 
@@ -154,6 +158,8 @@ class Replies:
         reply |= (
             {"finish_reasons": out.finish_reasons} if several else {"finish_reason": out.finish_reasons[0]}
         )
+        if out.messages is not None and any(set(m) > {"role", "content"} for m in out.messages):
+            reply |= {"messages": out.messages} if several else {"message": out.messages[0]}
         if out.logprobs is not None:
             reply["logprobs"] = out.logprobs if several else out.logprobs[0]
         reply["usage"] = {

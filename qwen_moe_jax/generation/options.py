@@ -30,7 +30,7 @@ class GenerationConfig:
     """How text is generated.
 
     Attributes:
-        max_new_tokens: most tokens a sequence may get.
+        max_new_tokens: most tokens a sequence may get; None for as many as there is room for.
         do_sample: draw tokens at random instead of taking the most likely one.
         temperature: divides the logits (sampling only).
         top_k: keep the k most likely tokens; 0 keeps all (sampling only).
@@ -64,7 +64,7 @@ class GenerationConfig:
             with; None for so many, 0 for none. It changes the time that a text takes, not the text.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = 128
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 20
@@ -199,7 +199,9 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def _check_types(c: GenerationConfig) -> None:
-    for name in ("max_new_tokens", "top_k", "num_return_sequences", "min_new_tokens"):
+    most = c.max_new_tokens
+    _require(most is None or _is_int(most), "max_new_tokens", most, "an integer, or None")
+    for name in ("top_k", "num_return_sequences", "min_new_tokens"):
         _require(_is_int(getattr(c, name)), name, getattr(c, name), "an integer")
     for name in (
         "temperature",
@@ -243,7 +245,9 @@ def _check_types(c: GenerationConfig) -> None:
 
 
 def _check_ranges(c: GenerationConfig) -> None:
-    _require(c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1")
+    _require(
+        c.max_new_tokens is None or c.max_new_tokens >= 1, "max_new_tokens", c.max_new_tokens, "at least 1"
+    )
     _check_guides(c)
     _require(c.num_return_sequences >= 1, "num_return_sequences", c.num_return_sequences, "at least 1")
     span = f"a number from {SMALLEST:g} to {LARGEST:g}"
@@ -264,9 +268,8 @@ def _check_ranges(c: GenerationConfig) -> None:
 
 def _check_guides(c: GenerationConfig) -> None:
     least = c.min_new_tokens
-    _require(
-        0 <= least <= c.max_new_tokens, "min_new_tokens", least, f"0 to max_new_tokens ({c.max_new_tokens})"
-    )
+    most = least if c.max_new_tokens is None else c.max_new_tokens
+    _require(0 <= least <= most, "min_new_tokens", least, f"0 to max_new_tokens ({c.max_new_tokens})")
     _require((c.thinking_budget or 0) >= 0, "thinking_budget", c.thinking_budget, "0 or more")
     bias = c.logit_bias or {}
     _require(len(bias) <= MOST_BIASES, "the length of logit_bias", len(bias), f"at most {MOST_BIASES}")

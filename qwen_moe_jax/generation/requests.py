@@ -32,6 +32,7 @@ class Request:
 
     Attributes:
         prompt_tokens: of the prompt.
+        reply: how the reply to a chat is told apart; None for other prompts.
         started, first_token, ended: when (`time.perf_counter`); the first token of the last sequence to get
             one; None before.
     """
@@ -47,7 +48,7 @@ class Request:
         texts: bool,
         reply: ReplyForm | None = None,
     ):
-        self._reply = reply
+        self.reply = reply
         self.prompt_tokens = prompt_tokens
         self.started = time.perf_counter()
         self.first_token: float | None = None
@@ -132,8 +133,8 @@ class Request:
             sequences=[row.tokens for row in self._rows],
             texts=[row.text or "" for row in self._rows] if self._texts else None,
             messages=None
-            if self._reply is None
-            else [self._reply.message_of(row.text or "") for row in self._rows],
+            if self.reply is None
+            else [self.reply.message_of(row.text or "") for row in self._rows],
             finish_reasons=[str(row.finish_reason) for row in self._rows],
             logprobs=[row.logprobs for row in self._rows] if self._logprobs else None,
             top_logprobs=[row.likeliest for row in self._rows] if self._likeliest else None,

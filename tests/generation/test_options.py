@@ -27,6 +27,11 @@ BAD = {
     "num_return_sequences": [0, -2, 1.0, True, None],
     "seed": [-1, 2**32, 1.0, True, None, "", "12", [1, -1], [1.0], [2**32]],
     "return_logprobs": [1, None, "yes"],
+    "min_new_tokens": [-1, 1.0, True, None, 129],
+    "logit_bias": [5, {"7": 1.0}, {7: "a"}, {7: math.nan}, {7: math.inf}, {7: 1e7}, [7]],
+    "bad_words": [None, "word", [""], [5], 5],
+    "thinking_budget": [-1, 1.0, True, "none"],
+    "response_format": [5, "json_object", ["type"]],
     "draft_tokens": [-1, 1.0, True, "auto"],
 }
 

@@ -312,5 +312,6 @@ def test_parameters_are_traced_so_that_no_value_recompiles():
     for config in (GenerationConfig(do_sample=True), GenerationConfig(do_sample=True, top_k=0, top_p=0.2)):
         _filter(jnp.zeros((9, VOCAB)), rows_of(config, 9))
     assert _filter._cache_size() == before + 1
-    options = {field.name for field in dataclasses.fields(RowSampling)}
-    assert {field.name for field in dataclasses.fields(SamplingParams)} == options | {"filters", "penalises"}
+    options = {field.name for field in dataclasses.fields(RowSampling)} - {"biases"}
+    derived = {"filters", "penalises", "adjusts", "biased", "bias"}
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == options | derived

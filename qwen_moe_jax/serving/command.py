@@ -1,0 +1,90 @@
+"""`qwen-moe-jax serve`."""
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe_jax.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.generation.api import QwenMoe
+
+_KEY = "QWEN_MOE_JAX_API_KEY"
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Options of the server beside those of a model and its engine."""
+    command.add_argument("--host", default="127.0.0.1", help="to listen at (default 127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="to listen at (default 8000); 0 for any")
+    command.add_argument("--name", help="of the model for clients (default: its folder's)")
+    command.add_argument("--max-queue", type=int, default=256, help="sequences that wait at most")
+    command.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="of a request")
+    command.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request")
+    command.add_argument("--api-key", help=f"that clients have to give; or the variable {_KEY}")
+    command.add_argument("--warmup", action="store_true", help="compile every step before the first request")
+
+
+def check_installed() -> None:
+    """Raises MissingExtraError unless the extra `serve` is installed."""
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(f'serve needs {name}; install it with pip install "qwen-moe-jax[serve]".')
+
+
+def serve(model: "QwenMoe", options: argparse.Namespace) -> None:
+    """Serves a model until SIGTERM or Ctrl-C; then what runs is finished first.
+
+    Raises:
+        InputError: a limit that is none, or a mesh of several processes.
+    """
+    import jax
+    import uvicorn
+
+    from qwen_moe_jax.serving.app import Server
+    from qwen_moe_jax.serving.limits import Limits
+
+    if jax.process_count() > 1:
+        raise InputError(
+            f"serve runs in one process, and there are {jax.process_count()}; give a mesh of one host."
+        )
+    for name in ("max_queue", "max_body", "timeout"):
+        if not getattr(options, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected more than 0.")
+    if not 0 <= options.port < 1 << 16:
+        raise InputError(f"--port is {options.port}; expected 0 to 65535.")
+    with model.engine(options.max_rows, options.memory, prefix_cache=not options.no_prefix_cache) as engine:
+        if options.warmup:
+            engine.warmup()
+        limits = Limits(
+            sequences=options.max_rows + options.max_queue,
+            body_bytes=options.max_body,
+            seconds=options.timeout,
+            api_key=options.api_key or os.environ.get(_KEY) or None,
+        )
+        name = options.name or Path(options.model).resolve().name
+        app = Server(model, engine, name, limits).app()
+        config = uvicorn.Config(
+            app, host=options.host, port=options.port, log_level="warning", access_log=False
+        )
+        server: Any = _announcing(config, name)
+        # the server itself ends gracefully, and then lets the signal do what it did before
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        server.run()
+
+
+def _announcing(config: Any, name: str) -> Any:
+    """A server that says where it listens."""
+    import uvicorn  # it may be missing, so that the class is made here
+
+    class Announcing(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = self.servers[0].sockets[0].getsockname()[:2]
+                print(f"{name} at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr, flush=True)
+
+    return Announcing(config)
