@@ -1,18 +1,22 @@
 """The command line: what it prints, and that every mistake of a user is one line and exit status 2."""
 
+import io
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from support.configs import random_config
 from support.reference import build_reference, reference_greedy, save_reference
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.cli import main
 from qwen_moe_jax.errors import CheckpointNotFoundError
 
@@ -237,3 +241,32 @@ def test_generate_on_a_mesh_prints_what_one_device_does(checkpoint, reference, c
     assert capsys.readouterr().out == expected_text(reference, PROMPT) + "\n"
     assert generate(checkpoint, PROMPT, "--raw", "--expert", "9") == 2
     assert "needs 9 devices, and there are 8" in capsys.readouterr().err
+
+
+def test_a_chat_in_the_terminal_goes_on_with_what_was_said(monkeypatch, capsys):
+    first, second = "Tom has 12 apples. He eats 7 of them. How many are left?", "And now?"
+    lines = [first, "", second, "/undo", second, "/new", first, "/quit", "never read"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", "--model", str(ABACUS), "--dtype", "float32", "--draft-tokens", "0"]) == 0
+    model = QwenMoe.from_pretrained(ABACUS, dtype="float32", draft_tokens=0)
+    said = [{"role": "user", "content": first}]
+    one = model.generate(said)
+    two = model.generate([*said, one.messages[0], {"role": "user", "content": second}])
+    replies = [one.texts[0], two.texts[0], two.texts[0], one.texts[0]]
+    assert capsys.readouterr().out.splitlines() == replies
+
+
+def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path):
+    command = [sys.executable, "-m", "qwen_moe_jax.cli", "serve", "--model", str(ABACUS), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if "http://" in line)
+    address = re.search(r"http://\S+", line)[0]
+    body = {"model": ABACUS.name, "prompt": "12 + 7", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{address}/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        texts = [json.loads(x[6:])["choices"][0] for x in lines if x.startswith("data: {")]
+    assert texts[-1]["finish_reason"] == "length"
+    assert process.wait(30) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.problems import CHECKPOINT
+from support.servers import serving
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.evaluation.word_problems import held_out
@@ -131,3 +132,27 @@ def test_the_command_line_runs_a_task(tasks: Path, capsys: pytest.CaptureFixture
 def test_what_the_harness_cannot_be_given_is_said() -> None:
     with pytest.raises(InputError, match="give --model_args path=PATH"):
         QwenMoeHarness()
+
+
+def test_the_server_gives_the_adapter_s_numbers_to_the_harness_own_client(tasks: Path) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model = QwenMoe.from_pretrained(CHECKPOINT, dtype="float32")
+    mine = results(QwenMoeHarness(model, max_length=124), tasks)
+    with serving(model) as (address, _):
+        client = LocalCompletionsAPI(
+            base_url=f"{address}/v1/completions",
+            model="abacus",
+            tokenizer=str(CHECKPOINT),
+            tokenizer_backend="huggingface",
+            max_length=124,
+        )
+        found = results(client, tasks)
+    for task, metrics in mine["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                assert found["results"][task][metric] == pytest.approx(value, rel=TOLERANCE), (task, metric)
+    for task, samples in mine["samples"].items():
+        for sample, own in zip(samples, found["samples"][task], strict=True):
+            for reply, expected in zip(own["resps"], sample["resps"], strict=True):
+                compare(reply[0], expected[0])
