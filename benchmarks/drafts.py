@@ -52,11 +52,11 @@ class Replayed:
 def held_to(replayed: Replayed, choose: Any) -> Any:
     """`row_updates._choose` with the known text as the most likely one."""
 
-    def chosen(logits: Any, rows: Any, given: Any, seen: Any, said: Any, alive: Any) -> Any:
+    def chosen(logits: Any, rows: Any, given: Any, seen: Any, said: Any, alive: Any, allowed: Any) -> Any:
         place = jnp.minimum(rows.emitted, replayed.known.shape[1] - 1)
         slot = jnp.minimum(given.roster.slots, replayed.known.shape[0] - 1)
         right = jax.nn.one_hot(replayed.known[slot, place], logits.shape[-1], dtype=logits.dtype)
-        return choose(logits + 1e4 * right, rows, given, seen, said, alive)
+        return choose(logits + 1e4 * right, rows, given, seen, said, alive, allowed)
 
     return chosen
 

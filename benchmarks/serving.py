@@ -41,7 +41,12 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 40},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 50},
+        "tags": {
+            "type": "array",
+            "items": {"type": "string", "maxLength": 12},
+            "minItems": 50,
+            "maxItems": 50,
+        },
         "price": {"type": "number"},
     },
     "required": ["name", "tags", "price"],
@@ -103,13 +108,13 @@ def requests_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
 # Clients, in a process of their own.
 
 
-async def _throughput(address: str, count: int) -> dict[str, Any]:
+async def _throughput(address: str, count: int, turn: int) -> dict[str, Any]:
     import httpx
 
-    bodies = requests_of(count)
+    bodies = requests_of(count, turn)  # others each time: none is in the prefix cache
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as http:
-        for body in (bodies[0], bodies[1]):
+        for body in requests_of(2, 1000 + turn):
             (await http.post(f"{address}/v1/completions", json=body)).raise_for_status()
         start = time.perf_counter()
         found = await asyncio.gather(*(http.post(f"{address}/v1/completions", json=b) for b in bodies))
@@ -214,9 +219,9 @@ def as_client(kind: str, address: str, argument: str) -> dict[str, Any]:
 # The server.
 
 
-def engine_seconds(model: Any, count: int) -> dict[str, Any]:
+def engine_seconds(model: Any, count: int, turn: int) -> dict[str, Any]:
     """Of the same requests through `engine.run`."""
-    bodies = requests_of(count)
+    bodies = requests_of(count, turn)
     options = [{"max_new_tokens": b["max_tokens"], "ignore_eos": True, "do_sample": False} for b in bodies]
     with model.engine(max_rows=SLOTS) as engine:
         for _ in engine.run([b["prompt"] for b in bodies[:2]], options[:2]):
@@ -291,12 +296,12 @@ def main() -> None:
         while not server.started:
             time.sleep(0.01)
         address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        for _ in range(2):  # in turns
+        for turn in range(2):
             for kind in runs:
                 one = (
-                    engine_seconds(model, options.requests)
+                    engine_seconds(model, options.requests, turn)
                     if kind == "engine"
-                    else as_client("throughput", address, str(options.requests))
+                    else as_client("throughput", address, f"{options.requests},{turn}")
                 )
                 runs[kind].append(one["tokens"] / one["seconds"])
         found["tokens_a_second"] = {kind: max(values) for kind, values in runs.items()}
@@ -325,7 +330,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
         _, _, what, where, argument = sys.argv
         calls: dict[str, Any] = {"throughput": _throughput, "first": _first_tokens, "soak": _soak}
-        number = float(argument) if what == "soak" else int(argument)
-        print(json.dumps(asyncio.run(calls[what](where, number))))
+        numbers = [float(argument)] if what == "soak" else map(int, argument.split(","))
+        print(json.dumps(asyncio.run(calls[what](where, *numbers))))
     else:
         main()

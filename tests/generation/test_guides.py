@@ -7,7 +7,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from qwen_moe_jax import QwenMoe
+from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.engine.sampling import mask_words
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.forms import Forms, grammar_of
@@ -187,6 +187,21 @@ def test_one_request_that_is_guided_changes_no_other(model):
     for number in (0, 2, 4, 5):
         assert found[number].sequences[0] == alone[number]
     json.loads(found[1].texts[0])
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_guided_rows_on_a_mesh_get_what_one_device_gives(model, drafts):
+    mesh = make_mesh(data=2, expert=2)
+    divided = QwenMoe.from_pretrained("checkpoints/abacus", dtype="float32", mesh=mesh, draft_tokens=drafts)
+    options = [{"response_format": AS_JSON}, {"top_logprobs": 3}, {"bad_words": ["answer"]}]
+    chats = [CHAT, [{"role": "user", "content": "How many is 3 + 4?"}], CHAT]
+    with divided.engine(max_rows=4) as engine, model.engine(max_rows=4) as alone:
+        found, wanted = dict(engine.run(chats, options)), dict(alone.run(chats, options))
+    for number, out in wanted.items():
+        assert found[number].sequences == out.sequences
+    for best, other in zip(found[1].top_logprobs[0], wanted[1].top_logprobs[0], strict=True):
+        assert list(best) == list(other)
+        np.testing.assert_allclose(list(best.values()), list(other.values()), atol=2e-4)
 
 
 MISTAKES = {

@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
     "avx512bf16": (*_AVX512, "avx512_bf16"),
     "avx512": _AVX512,
-    "avx2": ("avx2", "fma"),
+    "avx2": ("avx2", "fma", "f16c"),
     "plain": (),
 }
 # No -ffast-math: NaN and infinities are kept.

@@ -72,7 +72,9 @@ inline void fetch_beginning(const Matrix& m, long first, Way way) {
 inline void dot_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
   if (w.type == Type::BF16) return dot_all<true>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
   if (w.type == Type::F32) return dot_all<false>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
-  // float8: four rows at a time, widened along the whole depth
+  if (w.block_columns % LANES == 0 || w.block_columns >= x.depth)
+    return float8_all(w, first, count, x, c, ldc);
+  // small blocks: four rows at a time, widened along the whole depth
   static thread_local std::vector<float> wide;
   long padded = round_up(x.depth, 2 * LANES);
   if ((long)wide.size() < 4 * padded) wide.resize(4 * padded);

@@ -94,6 +94,73 @@ inline void dot_all(const Operand& x, const char* w, long stride, long count, lo
   if (t < x.tokens) dot_panel<1, PAIRS>(x, t, w, stride, count, left, c, ldc);
 }
 
+// Rows of a float8 matrix from `first` on, widened in registers, times COUNT tokens. Blocks of columns are whole
+// vectors, or one that takes all of the depth. Sums of a block are scaled, not the values, where there are
+// registers for both; nothing is rounded before the sum.
+template <int ROWS, int COUNT>
+inline void float8_rows(const Matrix& w, long first, long ahead, const float* x, long x_stride, long depth,
+                        float* c, long ldc) {
+  constexpr bool BY_BLOCK = COUNT == 1;
+  Floats total[ROWS][COUNT] = {};
+  for (long begin = 0, block = 0; begin < depth; begin += w.block_columns, block++) {
+    long end = std::min(depth, begin + w.block_columns);
+    const uint8_t* from[ROWS];
+    float scale[ROWS];
+    Floats part[ROWS][COUNT] = {};
+    for (int r = 0; r < ROWS; r++) {
+      from[r] = (const uint8_t*)w.row(first + r);
+      scale[r] = 256.f * w.scales[(first + r) / w.block_rows * w.scales_across() + block];
+    }
+    auto add = [&](int r, Floats value, long k) {
+      for (int m = 0; m < COUNT; m++) {
+        Floats tokens = load<Floats>(x + m * x_stride + k);
+        if constexpr (BY_BLOCK)
+          part[r][m] += value * tokens;
+        else
+          total[r][m] += value * scale[r] * tokens;
+      }
+    };
+    long k = begin;
+    for (; k + LANES <= end; k += LANES)
+      for (int r = 0; r < ROWS; r++) {
+        if (k % 64 == 0) __builtin_prefetch(from[r] + k + ahead, 0, 2);
+        add(r, from_float8(from[r] + k), k);
+      }
+    if (k < end)
+      for (int r = 0; r < ROWS; r++) {
+        uint8_t rest[LANES] = {};
+        memcpy(rest, from[r] + k, end - k);
+        add(r, from_float8(rest), k);
+      }
+    if constexpr (BY_BLOCK)
+      for (int r = 0; r < ROWS; r++)
+        for (int m = 0; m < COUNT; m++) total[r][m] += scale[r] * part[r][m];
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int m = 0; m < COUNT; m++) c[r * ldc + m] = sum(total[r][m]);
+}
+
+template <int COUNT>
+inline void float8_panel(const Matrix& w, long first, long count, const Operand& x, long token, float* c,
+                         long ldc) {
+  constexpr int ROWS = COUNT <= 2 ? 4 : COUNT == 8 && LANES < 16 ? 1 : 2;
+  long x_stride = Operand::padded_depth(Way::DOT, x.depth), ahead = rows_ahead(w.stride) * w.stride;
+  const float* from = (const float*)x.data + token * x_stride;
+  long r = 0;
+  for (; r + ROWS <= count; r += ROWS)
+    float8_rows<ROWS, COUNT>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
+  for (; r < count; r++)
+    float8_rows<1, COUNT>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
+}
+
+inline void float8_all(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
+  long t = 0;
+  for (; t + 8 <= x.tokens; t += 8) float8_panel<8>(w, first, count, x, t, c, ldc);
+  if (t + 4 <= x.tokens) float8_panel<4>(w, first, count, x, t, c, ldc), t += 4;
+  if (t + 2 <= x.tokens) float8_panel<2>(w, first, count, x, t, c, ldc), t += 2;
+  if (t < x.tokens) float8_panel<1>(w, first, count, x, t, c, ldc);
+}
+
 // --- FMA
 
 constexpr long FMA_ROWS = LANES == 16 ? 8 : 4;
