@@ -15,6 +15,7 @@ from qwen_moe_jax.experiments.runs import Run
 from qwen_moe_jax.formats.cache import empty_cache
 from qwen_moe_jax.generation.generator import Generator, template_of
 from qwen_moe_jax.generation.loading import whole_decoder
+from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.scores import Score, pairs_of, rolling_windows
 from qwen_moe_jax.kernels.table import PLAIN, make_kernels
 from qwen_moe_jax.model.decoder import with_parameters
@@ -154,13 +155,14 @@ class QwenMoe(Generator):
                 first token is scored behind the end-of-text token.
             continuations: as many; of texts, a context's trailing spaces belong to the continuation, and what
                 is scored are the tokens of both together behind those of the context (as lm-eval).
-            top_logprobs: how many of the likeliest tokens to name in each place.
+            top_logprobs: how many of the likeliest tokens to name in each place, at most 20.
             edit: as of `run`.
 
         Raises:
             InputError: different numbers of both, an empty continuation, ids outside the vocabulary, or a
                 text longer than the context that the model has.
         """
+        GenerationConfig(top_logprobs=top_logprobs)  # says at once what cannot be
         pairs = pairs_of(
             contexts,
             continuations,
