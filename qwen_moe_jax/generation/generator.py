@@ -20,15 +20,6 @@ from qwen_moe_jax.generation.batching import PromptBatch, to_rows
 from qwen_moe_jax.generation.chat import template_options
 from qwen_moe_jax.generation.defaults import with_defaults
 from qwen_moe_jax.generation.engine import Engine
-from qwen_moe_jax.generation.forms import Forms, grammar_of
-from qwen_moe_jax.generation.guides import (
-    OPEN_THINK,
-    AfterThinking,
-    AllOf,
-    BannedWords,
-    RowGuide,
-    ThinkingBudget,
-)
 from qwen_moe_jax.generation.model import LoadedModel
 from qwen_moe_jax.generation.options import GenerationConfig, check_ends
 from qwen_moe_jax.generation.replies import ReplyForm
@@ -39,8 +30,6 @@ from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
 _SCORERS = 4
 # Rows that are computed together at most where nobody says how many.
 MAX_ROWS = 64
-# Tokens of a prompt whose text says whether it ends with an opened tag.
-_TAIL = 16
 
 
 class Generator(LoadedModel):
@@ -49,7 +38,6 @@ class Generator(LoadedModel):
     _engine: Engine | None = None
     # Engine with the edits of the latest call that had any, which tell it from others.
     _edited: tuple[tuple[Any, ...], Engine] | None = None
-    _forms: Forms | None = None
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> jax.Array:
         """Next-token logits of every position.
@@ -295,7 +283,6 @@ class Generator(LoadedModel):
         end_ids = self._eos_ids if config.eos_ids is None else config.eos_ids
         end_ids = tuple(dict.fromkeys((*end_ids, *config.stop_token_ids)))
         check_ends(config, end_ids)
-        grammar = grammar_of(config.response_format)
         seeds = config.seeds(len(batch.rows))
         drafts = self.draft_tokens if config.draft_tokens is None else config.draft_tokens
         chats = batch.chats or [None] * len(batch.rows)
@@ -307,36 +294,11 @@ class Generator(LoadedModel):
                 end_ids=end_ids,
                 seed=seed,
                 draft_tokens=drafts,
-                guides=self._guides(row, config, grammar, end_ids),
+                guides=self._guiding.guides(row, config, end_ids),
                 reply=None if chat is None else ReplyForm.behind(chat, tools or ()),
             )
             for row, seed, chat in zip(batch.rows, seeds, chats, strict=True)
         ]
-
-    def _guides(
-        self, prompt: np.ndarray, config: GenerationConfig, grammar: str | None, end_ids: tuple[int, ...]
-    ) -> tuple[RowGuide, ...]:
-        """What has a say in the tokens of each sequence of a prompt; empty for nothing."""
-        guided = grammar is not None or config.bad_words or config.thinking_budget is not None
-        if not guided or self.tokenizer is None:
-            return ()
-        tail = self.tokenizer.decode(prompt[-_TAIL:].tolist(), skip_special_tokens=False)
-        opened = tail.rstrip().endswith(OPEN_THINK)
-        if grammar is not None and self._forms is None:
-            self._forms = Forms(self.tokenizer, self.config.vocab_size)
-        made = []
-        for _ in range(config.num_return_sequences):
-            guides: list[RowGuide] = []
-            if config.bad_words:
-                guides.append(BannedWords(self.tokenizer, config.bad_words))
-            if config.thinking_budget is not None:
-                guides.append(ThinkingBudget(self.tokenizer, config.thinking_budget, opened=opened))
-            if grammar is not None:
-                assert self._forms is not None
-                form = self._forms.guide(grammar, end_ids)
-                guides.append(AfterThinking(form, self.tokenizer) if opened else form)
-            made.append(guides[0] if len(guides) == 1 else AllOf(guides))
-        return tuple(made)
 
 
 def _together(requests: list[Request], found: list[GenerationOutput], began: float) -> GenerationOutput:

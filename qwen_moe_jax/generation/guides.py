@@ -171,19 +171,18 @@ class BannedWords(RowGuide):
         words = [text.encode() for text in banned]
         self._longest = max(map(len, words)) - 1
         # beginnings of words that stand already -> tokens that complete them
-        self._completing: dict[bytes, list[int]] = {b"": []}
+        completing: dict[bytes, list[int]] = {b"": []}
         for word in words:
-            self._completing[b""] += [i for i, text in enumerate(self._bytes) if word in text]
+            completing[b""] += [i for i, text in enumerate(self._bytes) if word in text]
             for done in range(1, len(word)):
-                found = [i for i, text in enumerate(self._bytes) if text.startswith(word[done:])]
-                self._completing.setdefault(word[:done], []).extend(found)
+                completing.setdefault(word[:done], []).extend(tokenizer.tokens_beginning(word[done:]))
+        self._completing = {begun: np.asarray(tokens, np.uint32) for begun, tokens in completing.items()}
 
     def mask(self, words: np.ndarray) -> None:
         """All but the tokens that complete a word."""
         for begun, tokens in self._completing.items():
             if self._tail.endswith(begun):
-                for token in tokens:
-                    words[token // 32] &= ~_bit(token)
+                np.bitwise_and.at(words, tokens // 32, ~(np.uint32(1) << tokens % 32))
 
     def accept(self, token: int) -> bool:
         """Remembers the text's end."""

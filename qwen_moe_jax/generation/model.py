@@ -24,6 +24,7 @@ from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
 from qwen_moe_jax.generation.defaults import read_defaults
 from qwen_moe_jax.generation.describe import ModelDescription, describe_model
+from qwen_moe_jax.generation.guiding import Guiding
 from qwen_moe_jax.generation.loading import (
     Loaded,
     compute_dtype,
@@ -87,6 +88,7 @@ class LoadedModel:
         self._decoder = decoder
         self._parameters = loaded.forward.parameters
         self.generation_defaults = read_defaults(folder)
+        self._guiding = Guiding(self.tokenizer, self.config.vocab_size)
         self._eos_ids = loaded.eos_token_ids
         if not self._eos_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self._eos_ids = (self.tokenizer.eos_token_id,)

@@ -1,5 +1,6 @@
 """The checkpoint's own tokenizer."""
 
+import bisect
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,17 @@ class Tokenizer:
             else:
                 found.append(self.decode([token]).encode())
         return found
+
+    @functools.cached_property
+    def _sorted_bytes(self) -> list[tuple[bytes, int]]:
+        return sorted((text, token) for token, text in enumerate(self.token_bytes) if text)
+
+    def tokens_beginning(self, beginning: bytes) -> list[int]:
+        """Ids whose text begins with some bytes, at least one."""
+        ordered = self._sorted_bytes
+        first = bisect.bisect_left(ordered, (beginning, -1))
+        last = bisect.bisect_left(ordered, (beginning + b"\xff" * 256, -1))
+        return [token for _, token in ordered[first:last]]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Nothing is added; special tokens written in it are recognised."""
