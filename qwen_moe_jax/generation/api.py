@@ -64,7 +64,7 @@ class QwenMoe(Generator):
             InputError: as of `generate`; a name that is none; attention weights that are too many.
         """
         wanted = self._passes.chosen(capture)
-        template, _ = template_of(options)
+        template, _ = template_of(options, self.chat_template)
         batch = self._rows(prompt, attention_mask, template)
         rows = list(batch.rows)
         if options:

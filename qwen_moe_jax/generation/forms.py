@@ -13,13 +13,12 @@ import numpy as np
 from qwen_moe_jax.errors import EngineError, InputError, MissingExtraError
 from qwen_moe_jax.generation.guides import RowGuide
 from qwen_moe_jax.generation.tokenizer import Tokenizer
+from qwen_moe_jax.generation.tool_forms import JSON_STYLE, call_grammar
 
 _EXPECTED = (
     "{'type': 'json_schema', 'json_schema': {'schema': {...}}}, {'type': 'json_object'}, "
     "{'type': 'regex', 'pattern': ...}, {'type': 'grammar', 'grammar': ...} (Lark) or {'type': 'text'}"
 )
-# JSON as `json.dumps` writes it: a model that may put spaces anywhere sometimes writes them for ever.
-_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Forms that stay compiled.
 _KEPT = 32
 
@@ -38,15 +37,17 @@ def grammar_of(response_format: Any) -> str | None:
         return None
     matcher = _llguidance().LLMatcher
     if kind == "json_object":
-        return matcher.grammar_from_json_schema({"type": "object"}, _JSON)
+        return matcher.grammar_from_json_schema({"type": "object"}, JSON_STYLE)
     if kind == "json_schema":
         inner = response_format.get("json_schema", response_format)
         schema = inner.get("schema") if isinstance(inner, Mapping) else None
         if isinstance(schema, Mapping):
             try:
-                return matcher.grammar_from_json_schema(json.dumps(schema), _JSON)
+                return matcher.grammar_from_json_schema(json.dumps(schema), JSON_STYLE)
             except (TypeError, ValueError) as error:
                 raise InputError(f"response_format has a schema that is no JSON: {error}.") from None
+    if kind == "tool_call":  # of `tool_choice`
+        return matcher.grammar_from_lark(call_grammar(response_format["tools"], xml=response_format["xml"]))
     for name, key in (("regex", "pattern"), ("grammar", "grammar")):
         if kind == name and isinstance(response_format.get(key), str):
             made = matcher.grammar_from_regex if name == "regex" else matcher.grammar_from_lark

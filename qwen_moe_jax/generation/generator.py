@@ -17,7 +17,7 @@ from qwen_moe_jax.engine.steps import Steps
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.asked import Asked
 from qwen_moe_jax.generation.batching import PromptBatch, to_rows
-from qwen_moe_jax.generation.chat import template_options
+from qwen_moe_jax.generation.chat import ChatTemplate, template_options
 from qwen_moe_jax.generation.defaults import with_defaults
 from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.model import LoadedModel
@@ -25,6 +25,7 @@ from qwen_moe_jax.generation.options import GenerationConfig, check_ends
 from qwen_moe_jax.generation.replies import ReplyForm
 from qwen_moe_jax.generation.requests import Request
 from qwen_moe_jax.generation.results import GenerationOutput, Piece, Usage
+from qwen_moe_jax.generation.tool_forms import chosen_tools
 
 # Sets of edits whose compiled scoring is kept.
 _SCORERS = 4
@@ -87,13 +88,13 @@ class Generator(LoadedModel):
             **options: fields of `GenerationConfig`; they override `generation_config`. Of chats also
                 enable_thinking, tools, chat_template_kwargs, continue_final_message and
                 add_generation_prompt, as of `chat.template_options`; with tools, `out.messages` has the calls
-                of a reply.
+                of a reply, and `tool_choice` may say that it has to make one (`tool_forms.chosen_tools`).
 
         Raises:
             InputError: an empty or malformed prompt, ids outside the vocabulary, a prompt that leaves no
                 room in the context, an unknown or contradictory option.
         """
-        template, tools = template_of(options)
+        template, tools = template_of(options, self.chat_template)
         config = self._options(generation_config, options)
         batch = self._rows(prompt, attention_mask, template)
         began = time.perf_counter()
@@ -147,7 +148,7 @@ class Generator(LoadedModel):
         The pieces' texts add up to the text that `generate` returns. Arguments and errors are
         `generate`'s; errors come with the call, not with the first piece.
         """
-        template, tools = template_of(options)
+        template, tools = template_of(options, self.chat_template)
         config = self._options(generation_config, options)
         batch = self._rows(prompt, attention_mask, template)
         if config.prompt_logprobs is not None:
@@ -268,7 +269,7 @@ class Generator(LoadedModel):
         Raises:
             InputError: as for `generate`.
         """
-        template, tools = template_of(options)
+        template, tools = template_of(options, self.chat_template)
         mask = options.pop("attention_mask", None)
         checked = self._options(config, options)
         if checked.prompt_logprobs is not None:
@@ -326,12 +327,24 @@ def _together(requests: list[Request], found: list[GenerationOutput], began: flo
     )
 
 
-def template_of(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """(what the chat template is given beside the messages, tools), taken out of options.
+def template_of(options: dict[str, Any], chat_template: ChatTemplate | None) -> tuple[dict[str, Any], Any]:
+    """(what the chat template is given beside the messages, tools), taken out of options; a call that a reply
+    has to make becomes its `response_format`.
 
     Raises:
-        InputError: as of `template_options`.
+        InputError: as of `template_options` and `chosen_tools`, or a form beside such a call.
     """
+    choice = options.pop("tool_choice", None)
+    if choice is not None:
+        template_options(tools=options.get("tools"))  # says what is wrong with them
+        options["tools"], called = chosen_tools(options.get("tools"), choice)
+        if called:
+            if options.get("response_format") is not None:
+                raise InputError(
+                    f"tool_choice is {choice!r} and response_format is given; a reply has one form only."
+                )
+            xml = chat_template is None or "<function=" in chat_template.source
+            options["response_format"] = {"type": "tool_call", "tools": called, "xml": xml}
     names = [name for name in inspect.signature(template_options).parameters if name in options]
     given = {name: options.pop(name) for name in names}
     return template_options(**given), given.get("tools")

@@ -131,13 +131,15 @@ def parse_chat(body: Mapping[str, Any], model: str, defaults: Mapping[str, Any])
     for name in _CHAT_OPTIONS:
         if body.get(name) is not None:
             options[name] = body[name]
-    choice, tools = body.get("tool_choice"), body.get("tools")
-    if choice not in (None, "auto", "none"):
-        raise wrong("tool_choice", choice, "'auto' or 'none'; what a model has to call cannot be forced here")
-    if body.get("parallel_tool_calls") is False:
-        raise wrong("parallel_tool_calls", False, "true; how many tools a model calls cannot be bounded here")
-    if tools is not None and choice != "none":
-        options["tools"] = tools
+    for name in ("tools", "tool_choice"):
+        if body.get(name) is not None:
+            options[name] = body[name]
+    if (
+        body.get("parallel_tool_calls") is False
+        and body.get("tool_choice") in (None, "auto")
+        and body.get("tools")
+    ):
+        raise wrong("parallel_tool_calls", False, "a tool_choice beside it that forces one call, or true")
     limit = _one_of(body, "max_completion_tokens", "max_tokens")
     if limit is not None:
         options["max_new_tokens"] = limit

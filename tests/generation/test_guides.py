@@ -1,5 +1,6 @@
 """What has a say in the next token: forced ends of thinking, banned words, forms; alone and in the engine."""
 
+import copy
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.engine.sampling import mask_words
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.generation.chat import ChatTemplate
 from qwen_moe_jax.generation.forms import Forms, grammar_of
 from qwen_moe_jax.generation.guides import AfterThinking, AllOf, BannedWords, ThinkingBudget
 
@@ -187,6 +189,56 @@ def test_one_request_that_is_guided_changes_no_other(model):
     for number in (0, 2, 4, 5):
         assert found[number].sequences[0] == alone[number]
     json.loads(found[1].texts[0])
+
+
+ADD = {
+    "name": "add",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer", "minimum": 0, "maximum": 99},
+            "unit": {"type": "string", "enum": ["apples", "pears & <plums>"]},
+            "all": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+        },
+        "required": ["a", "unit"],
+        "additionalProperties": False,
+    },
+}
+NOTHING = {"type": "function", "function": {"name": "nothing"}}
+
+
+@pytest.mark.parametrize("xml", [True, False])
+def test_a_call_that_is_asked_for_is_made_with_arguments_of_its_schema(model, xml):
+    source = model.chat_template.source + ("{# <function=...> #}" if xml else "")
+    one = copy.copy(model)
+    one.chat_template = ChatTemplate(source)
+    wanted = {"required": {"add", "nothing"}, "nothing": {"nothing"}}
+    for choice, names in wanted.items():
+        if choice != "required":
+            choice = {"type": "function", "function": {"name": choice}}
+        out = one.generate(
+            CHAT,
+            tools=[ADD, NOTHING],
+            tool_choice=choice,
+            max_new_tokens=400,
+            do_sample=True,
+            temperature=1.5,
+            num_return_sequences=6,
+        )
+        assert ("<function=" in out.texts[0]) == xml
+        for message in out.messages:
+            (call,) = message["tool_calls"]
+            assert message["content"] is None
+            assert call["function"]["name"] in names
+            if call["function"]["name"] == "add":
+                jsonschema.validate(json.loads(call["function"]["arguments"]), ADD["parameters"])
+    plain = one.generate(CHAT, tools=[ADD], tool_choice="none")
+    assert plain.sequences == one.generate(CHAT).sequences
+    for options in ({"tool_choice": "required"}, {"tools": [ADD], "tool_choice": "other"}):
+        with pytest.raises(InputError, match="tool_choice is"):
+            one.generate(CHAT, **options)
+    with pytest.raises(InputError, match="one form only"):
+        one.generate(CHAT, tools=[ADD], tool_choice="required", response_format=AS_JSON)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

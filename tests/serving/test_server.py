@@ -127,6 +127,10 @@ def test_tools_go_round(client):
     assert (
         client.chat.completions.create(model="abacus", messages=turn, tools=[TOOL]).choices[0].message.content
     )
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        forced = client.chat.completions.create(**ASKED, tools=[TOOL], tool_choice=choice, max_tokens=300)
+        (call,) = forced.choices[0].message.tool_calls
+        assert set(json.loads(call.function.arguments)) <= {"a", "why"}
     plain = client.chat.completions.create(**asked | {"tool_choice": "none"}).choices[0]
     assert plain.message.tool_calls is None
     assert "<tool_call>" in plain.message.content
@@ -275,8 +279,9 @@ def bad_bodies():
         "suffix": (text, {"model": "abacus", "prompt": "x", "suffix": "y"}, 400),
         "best of": (text, {"model": "abacus", "prompt": "x", "best_of": 3}, 400),
         "misspelt": (chat, ASKED | {"temprature": 1}, 400),
-        "forced tool": (chat, ASKED | {"tools": [TOOL], "tool_choice": "required"}, 400),
-        "one tool at a time": (chat, ASKED | {"parallel_tool_calls": False}, 400),
+        "unknown choice": (chat, ASKED | {"tools": [TOOL], "tool_choice": "always"}, 400),
+        "choice of nothing": (chat, ASKED | {"tool_choice": "required"}, 400),
+        "one tool at a time": (chat, ASKED | {"tools": [TOOL], "parallel_tool_calls": False}, 400),
         "likeliest without logprobs": (chat, ASKED | {"top_logprobs": 3}, 400),
         "usage without stream": (chat, ASKED | {"stream_options": {"include_usage": True}}, 400),
         "two limits": (chat, ASKED | {"max_tokens": 3, "max_completion_tokens": 3}, 400),
