@@ -23,8 +23,8 @@ struct Matrix {
   long scales_across() const { return (columns + block_columns - 1) / block_columns; }
 };
 
-// LANES numbers of float8_e4m3fn, finite, over 256. All but their signs, seven places further up, are the bits of
-// a float16 of 1/256 of the value, subnormal ones included.
+// LANES numbers of float8_e4m3fn, finite, over 256. All but their signs, seven places further up, are the
+// bits of a float16 of 1/256 of the value, subnormal ones included.
 inline Floats from_float8(const uint8_t* from) {
 #if defined(__AVX512F__)
   __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)), 7);

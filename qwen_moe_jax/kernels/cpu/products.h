@@ -94,13 +94,13 @@ inline void dot_all(const Operand& x, const char* w, long stride, long count, lo
   if (t < x.tokens) dot_panel<1, PAIRS>(x, t, w, stride, count, left, c, ldc);
 }
 
-// Rows of a float8 matrix from `first` on, widened in registers, times COUNT tokens. Blocks of columns are whole
-// vectors, or one that takes all of the depth. Sums of a block are scaled, not the values, where there are
-// registers for both; nothing is rounded before the sum.
-template <int ROWS, int COUNT>
+// Rows of a float8 matrix from `first` on, widened in registers, times COUNT tokens. Blocks of columns are
+// whole vectors, or one that takes all of the depth. Where values are not to be rounded, and there are
+// registers for it, the sums of a block are scaled instead of its values.
+template <int ROWS, int COUNT, bool ROUND>
 inline void float8_rows(const Matrix& w, long first, long ahead, const float* x, long x_stride, long depth,
                         float* c, long ldc) {
-  constexpr bool BY_BLOCK = COUNT == 1;
+  constexpr bool BY_BLOCK = COUNT == 1 && !ROUND;
   Floats total[ROWS][COUNT] = {};
   for (long begin = 0, block = 0; begin < depth; begin += w.block_columns, block++) {
     long end = std::min(depth, begin + w.block_columns);
@@ -111,26 +111,27 @@ inline void float8_rows(const Matrix& w, long first, long ahead, const float* x,
       from[r] = (const uint8_t*)w.row(first + r);
       scale[r] = 256.f * w.scales[(first + r) / w.block_rows * w.scales_across() + block];
     }
-    auto add = [&](int r, Floats value, long k) {
+    auto add = [&](int r, const uint8_t* bytes, long k) {
+      Floats value = BY_BLOCK ? from_float8(bytes) : float8_times(bytes, scale[r], ROUND);
       for (int m = 0; m < COUNT; m++) {
         Floats tokens = load<Floats>(x + m * x_stride + k);
         if constexpr (BY_BLOCK)
           part[r][m] += value * tokens;
         else
-          total[r][m] += value * scale[r] * tokens;
+          total[r][m] += value * tokens;
       }
     };
     long k = begin;
     for (; k + LANES <= end; k += LANES)
       for (int r = 0; r < ROWS; r++) {
         if (k % 64 == 0) __builtin_prefetch(from[r] + k + ahead, 0, 2);
-        add(r, from_float8(from[r] + k), k);
+        add(r, from[r] + k, k);
       }
     if (k < end)
       for (int r = 0; r < ROWS; r++) {
         uint8_t rest[LANES] = {};
         memcpy(rest, from[r] + k, end - k);
-        add(r, from_float8(rest), k);
+        add(r, rest, k);
       }
     if constexpr (BY_BLOCK)
       for (int r = 0; r < ROWS; r++)
@@ -140,7 +141,7 @@ inline void float8_rows(const Matrix& w, long first, long ahead, const float* x,
     for (int m = 0; m < COUNT; m++) c[r * ldc + m] = sum(total[r][m]);
 }
 
-template <int COUNT>
+template <int COUNT, bool ROUND>
 inline void float8_panel(const Matrix& w, long first, long count, const Operand& x, long token, float* c,
                          long ldc) {
   constexpr int ROWS = COUNT <= 2 ? 4 : COUNT == 8 && LANES < 16 ? 1 : 2;
@@ -148,17 +149,23 @@ inline void float8_panel(const Matrix& w, long first, long count, const Operand&
   const float* from = (const float*)x.data + token * x_stride;
   long r = 0;
   for (; r + ROWS <= count; r += ROWS)
-    float8_rows<ROWS, COUNT>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
+    float8_rows<ROWS, COUNT, ROUND>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
   for (; r < count; r++)
-    float8_rows<1, COUNT>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
+    float8_rows<1, COUNT, ROUND>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
+}
+
+template <bool ROUND>
+inline void float8_tokens(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
+  long t = 0;
+  for (; t + 8 <= x.tokens; t += 8) float8_panel<8, ROUND>(w, first, count, x, t, c, ldc);
+  if (t + 4 <= x.tokens) float8_panel<4, ROUND>(w, first, count, x, t, c, ldc), t += 4;
+  if (t + 2 <= x.tokens) float8_panel<2, ROUND>(w, first, count, x, t, c, ldc), t += 2;
+  if (t < x.tokens) float8_panel<1, ROUND>(w, first, count, x, t, c, ldc);
 }
 
 inline void float8_all(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  long t = 0;
-  for (; t + 8 <= x.tokens; t += 8) float8_panel<8>(w, first, count, x, t, c, ldc);
-  if (t + 4 <= x.tokens) float8_panel<4>(w, first, count, x, t, c, ldc), t += 4;
-  if (t + 2 <= x.tokens) float8_panel<2>(w, first, count, x, t, c, ldc), t += 2;
-  if (t < x.tokens) float8_panel<1>(w, first, count, x, t, c, ldc);
+  if (w.round) return float8_tokens<true>(w, first, count, x, c, ldc);
+  float8_tokens<false>(w, first, count, x, c, ldc);
 }
 
 // --- FMA
