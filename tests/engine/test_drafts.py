@@ -115,6 +115,7 @@ def test_for_every_number_of_drafts_the_tokens_are_those_without(seed: int, draf
     check(model(seed, drafts), requests(seed), np.random.default_rng(drafts), max_rows=2)
 
 
+@pytest.mark.slow
 def test_drafts_that_say_anything_change_nothing() -> None:
     plain, poisoned = model(0, 0, poisoned=True), model(0, 3, poisoned=True)
     rng = np.random.default_rng(3)
@@ -368,7 +369,8 @@ def test_in_float8_drafts_give_the_tokens_without_and_the_drafter_is_float8_too(
         np.testing.assert_array_equal(after[key], value)
 
 
-@pytest.mark.parametrize("sizes", [None, pytest.param((1, 2, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1)])
 def test_with_exact_every_token_is_the_one_without_drafts_however_close_two_are(sizes) -> None:
     mesh = None if sizes is None else make_mesh(*sizes)
     plain, drafting = (

@@ -243,6 +243,7 @@ MESHES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "choices"), MESHES[:1])
 def test_on_a_mesh_points_hold_what_they_hold_on_one_device(sizes, choices) -> None:
     check_mesh(sizes, choices)
@@ -302,6 +303,7 @@ def test_what_is_not_asked_for_is_not_in_the_program() -> None:
     assert products(none) == products(lowered.as_text())
 
 
+@pytest.mark.slow
 def test_apply_is_the_model_with_the_references_gradients() -> None:
     model, ids = loaded(0)
     tokens = jnp.asarray(ids[None, :12])

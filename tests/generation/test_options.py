@@ -9,7 +9,7 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.options import GenerationConfig
 
 BAD = {
-    "max_new_tokens": [0, -1, 1.5, True, "8", None],
+    "max_new_tokens": [0, -1, 1.5, True, "8"],
     "do_sample": [1, 0, None, "yes"],
     "top_logprobs": [-1, 21, 1.5, True, None],
     "prompt_logprobs": [-1, 21, 1.5, True],
@@ -28,7 +28,7 @@ BAD = {
     "seed": [-1, 2**32, 1.0, True, None, "", "12", [1, -1], [1.0], [2**32]],
     "return_logprobs": [1, None, "yes"],
     "min_new_tokens": [-1, 1.0, True, None, 129],
-    "logit_bias": [5, {"7": 1.0}, {7: "a"}, {7: math.nan}, {7: math.inf}, {7: 1e7}, [7]],
+    "logit_bias": [5, {"7": 1.0}, {7: "a"}, [7]],
     "bad_words": [None, "word", [""], [5], 5],
     "thinking_budget": [-1, 1.0, True, "none"],
     "response_format": [5, "json_object", ["type"]],

@@ -38,6 +38,7 @@ def on(kernels: Kernels, dtype: str) -> Any:
     return SimpleNamespace(sequence_logits=SequenceLogits(loaded.forward))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["pallas_grouped", "pallas_gathered"])
 def test_in_float32_a_model_on_kernels_is_as_near_the_truth_as_plain_xla(experts):
     case = mesh_case(SEED)

@@ -72,7 +72,11 @@ COVERING = [
 ]
 
 
-@pytest.mark.parametrize("layout", COVERING, ids=lambda parts: "-".join(map(str, parts)))
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(parts, marks=pytest.mark.slow if i > 5 else ()) for i, parts in enumerate(COVERING)],
+    ids=lambda parts: "-".join(map(str, parts)),
+)
 def test_a_layout_equals_one_device(layout: tuple[Any, ...]) -> None:
     keys = ("data", "expert", "tensor", "shared_expert", "expert_dispatch", "attention")
     check(SEED, dict(zip(keys, layout, strict=True)))

@@ -78,8 +78,9 @@ def bytes_of_devices(layout: Layout, devices: list[Any], itemsize: int) -> int:
 
 @pytest.mark.parametrize(
     ("sizes", "mode"),
-    [("1x2x4", "outside"), pytest.param("2x4x1", "auto", marks=pytest.mark.slow)],
+    [("1x2x4", "outside"), ("2x4x1", "auto")],
 )
+@pytest.mark.slow
 def test_two_processes_equal_one(sizes: str, mode: str) -> None:
     folder = mesh_case(SEED).folder
     found = results(start(folder, sizes, mode, "run"))
