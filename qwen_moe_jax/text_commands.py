@@ -146,5 +146,5 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    server.check_installed()
+    server.check(options)
     server.serve(load_model(options.model, options), options)

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,38 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--warmup", action="store_true", help="compile every step before the first request")
 
 
-def check_installed() -> None:
-    """Raises MissingExtraError unless the extra `serve` is installed."""
+def check(options: argparse.Namespace) -> None:
+    """What can be told before a model is loaded.
+
+    Raises:
+        MissingExtraError: the extra `serve` is not installed.
+        InputError: a limit that is none, or an address that cannot be listened at.
+    """
     for name in ("starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(f'serve needs {name}; install it with pip install "qwen-moe-jax[serve]".')
+    for name in ("max_queue", "max_body", "timeout"):
+        if not getattr(options, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected more than 0.")
+    if not 0 <= options.port < 1 << 16:
+        raise InputError(f"--port is {options.port}; expected 0 to 65535.")
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        with socket.socket(family) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((options.host, options.port))
+    except OSError as error:
+        raise InputError(
+            f"{options.host}:{options.port} cannot be listened at ({error.strerror}); give another --host or "
+            "--port."
+        ) from None
 
 
 def serve(model: "QwenMoe", options: argparse.Namespace) -> None:
     """Serves a model until SIGTERM or Ctrl-C; then what runs is finished first.
 
     Raises:
-        InputError: a limit that is none, or a mesh of several processes.
+        InputError: a mesh of several processes.
     """
     import jax
     import uvicorn
@@ -51,11 +72,6 @@ def serve(model: "QwenMoe", options: argparse.Namespace) -> None:
         raise InputError(
             f"serve runs in one process, and there are {jax.process_count()}; give a mesh of one host."
         )
-    for name in ("max_queue", "max_body", "timeout"):
-        if not getattr(options, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected more than 0.")
-    if not 0 <= options.port < 1 << 16:
-        raise InputError(f"--port is {options.port}; expected 0 to 65535.")
     with model.engine(options.max_rows, options.memory, prefix_cache=not options.no_prefix_cache) as engine:
         if options.warmup:
             engine.warmup()
