@@ -90,6 +90,7 @@ class StaticBatches:
             NO_PLACE,
             Entries,
             Roster,
+            StepRows,
             empty_states,
         )
         from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
@@ -122,7 +123,7 @@ class StaticBatches:
         arrays: Any = slots, limit, ends, limit * 0, nowhere, SamplingParams.of([RowSampling()] * rows)
         roster, states = Roster(*arrays), empty_states(rows)
         begins = np.arange(rows) < len(prompts)
-        emitted = 0
+        emitted, room = 0, np.full(rows, PAGE * self.width, np.int32)
         while emitted < max(lengths):
             given: Any = begins, last, done, np.zeros(rows, np.int32)
             self.layers, self.zero, states, _, block = self.steps.decode(
@@ -130,10 +131,7 @@ class StaticBatches:
                 self.zero,
                 states,
                 None,
-                roster=roster,
-                entries=Entries(*given),
-                tables=self.tables,
-                capacity=np.full(rows, PAGE * self.width, np.int32),
+                StepRows(roster, Entries(*given), self.tables, room),
                 steps=BLOCK_STEPS,
             )
             begins = np.zeros(rows, bool)
@@ -234,7 +232,7 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
     import jax
 
     from qwen_moe_jax.engine.plan import BORDERS
-    from qwen_moe_jax.engine.rows import NO_PLACE, Entries, Roster, empty_states
+    from qwen_moe_jax.engine.rows import NO_PLACE, Entries, Roster, StepRows, empty_states
     from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
     from qwen_moe_jax.formats.cache import PAGE, pages_for
 
@@ -268,10 +266,7 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
             zero,
             states,
             None,
-            roster=roster,
-            entries=Entries(*given),
-            tables=tables,
-            capacity=capacity,
+            StepRows(roster, Entries(*given), tables, capacity),
             steps=steps,
         )
         jax.block_until_ready(block)

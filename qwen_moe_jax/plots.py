@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_moe_jax.errors import InputError, MissingExtraError
+from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.experiments.arrays import LabelledArray, RouterCapture
 from qwen_moe_jax.experiments.lens import Lens
 from qwen_moe_jax.experiments.runs import Run
+from qwen_moe_jax.extras import extra_module
 
 _MAP = "cividis"
 # Okabe & Ito, "Color Universal Design", 2008.
@@ -309,13 +310,8 @@ def _ticks(axes: Any, axis: str, labels: Sequence[Any]) -> None:
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     """A figure of its own, outside of pyplot, so that a notebook shows it once and nothing piles up."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError(
-            'matplotlib is not installed; `pip install "qwen-moe-jax[notebooks]"` has it.'
-        ) from None
-    figure = _shown(Figure)(figsize=(min(width, 16), min(height, 12)), layout="constrained")
+    figure_of = _shown(extra_module("matplotlib.figure", "notebooks").Figure)
+    figure = figure_of(figsize=(min(width, 16), min(height, 12)), layout="constrained")
     return figure, figure.add_subplot()
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from qwen_moe_jax.config import FULL_ATTENTION
 from qwen_moe_jax.engine.drafting import Drafts, no_drafts
 from qwen_moe_jax.engine.plan import BORDERS
-from qwen_moe_jax.engine.rows import Entries, Layers, Roster, RowStates
+from qwen_moe_jax.engine.rows import Entries, Layers, Roster, RowStates, StepRows
 from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
 from qwen_moe_jax.engine.shapes import chunk_length
 from qwen_moe_jax.engine.steps import Steps
@@ -128,7 +128,8 @@ class Deployment:
         tables = self._given(jnp.int32, rows, width)
         one_each = states_of(self._pools(self.layout.batch_multiple, self.layout.batch_multiple))
         pools = self.pools()
-        return steps.lower_decode(pools, one_each, states, roster, entries, tables, integers, only=program)
+        told = StepRows(roster, entries, tables, integers)
+        return steps.lower_decode(pools, one_each, states, told, only=program)
 
     def pools(self) -> Layers:
         """A slot and pages for every row."""

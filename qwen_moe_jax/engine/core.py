@@ -18,7 +18,16 @@ from qwen_moe_jax.engine.plan import DecodeStep, PrefillStep, StateMove
 from qwen_moe_jax.engine.plan import Sequence as Row
 from qwen_moe_jax.engine.pools import PoolSizes
 from qwen_moe_jax.engine.rosters import Rosters
-from qwen_moe_jax.engine.rows import BLOCK_STEPS, MOVES, Layers, RowStates, States, empty_states
+from qwen_moe_jax.engine.rows import (
+    BLOCK_STEPS,
+    MOVES,
+    Block,
+    Layers,
+    RowStates,
+    States,
+    StepRows,
+    empty_states,
+)
 from qwen_moe_jax.engine.sampling import history, mask_words
 from qwen_moe_jax.engine.scheduler import Scheduler
 from qwen_moe_jax.engine.shapes import DECODE_KINDS, prefill_shapes, row_buckets
@@ -76,8 +85,9 @@ class Core:
         self._seen: jax.Array | None = None
         self._tables: Any = None  # and the tokens that every row has pages for
         self._tables_version = -1
+        self._buckets = {kind: row_buckets(sizes.slots, kind) for kind in DECODE_KINDS}
         self._rosters = Rosters(self.ranks, sizes.slots, self._kept)
-        # the drafts that a row's next pass verifies, as far as is known
+        # the drafts that a guided row's next pass verifies, as far as is known
         self._drafts: dict[Row, list[int]] = {}
 
     def submit(self, job: Job) -> list[Row]:
@@ -124,7 +134,7 @@ class Core:
         for shape in prefill_shapes(self.sizes.slots, self._forward.kernels).shapes:
             self._prefill(PrefillStep(shape, (), (), ()))
         for kind in DECODE_KINDS if sampled else DECODE_KINDS[:1]:
-            for bucket in row_buckets(self.sizes.slots, kind):
+            for bucket in self._buckets[kind]:
                 jax.block_until_ready(self._decode(DecodeStep(bucket, (), 1, ()), kind))
         nothing = [StateMove(0, self.sizes.slots, None)]
         self._move_states(nothing, restore=True)
@@ -159,7 +169,7 @@ class Core:
             self.accepted_tokens += accepted
             if drafted:
                 job.drafted(drafted, accepted)
-            if result.drafts is not None:
+            if result.drafts is not None and job.is_guided:
                 self._drafts[sequence] = result.drafts[place].tolist()
             taken, ended = [], False
             for number, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
@@ -227,7 +237,7 @@ class Core:
             self._counted.add(row)
             self.cached_prompt_tokens += row.cached
 
-    def _decode(self, step: DecodeStep, kind: str | None = None) -> tuple[int, Any]:
+    def _decode(self, step: DecodeStep, kind: str | None = None) -> tuple[int, Block]:
         """Hands a step over.
 
         Args:
@@ -244,14 +254,10 @@ class Core:
             self._tables = self._kept((tables, capacity))
             self._tables_version = self.scheduler.tables_version
         kind = kind or self._kind_of(step)
-        bucket = next(each for each in row_buckets(self.sizes.slots, kind) if each >= step.width)
+        bucket = next(each for each in self._buckets[kind] if each >= step.width)
         of_rows = [self._jobs[row.sequence] for row in step.rows]
-        given = {
-            "roster": self._rosters.roster(step, bucket, of_rows),
-            "entries": self._rosters.entries(step, bucket),
-            "tables": self._tables[0],
-            "capacity": self._tables[1],
-        }
+        roster, entries = self._rosters.roster(step, bucket, of_rows), self._rosters.entries(step, bucket)
+        told = StepRows(roster, entries, *self._tables)
         for row in step.rows:
             if row.token is not None:
                 self._count_prompt(row.sequence)
@@ -261,14 +267,14 @@ class Core:
         if kind != "greedy":
             self._remember(step)
         if kind == "guided":
-            return bucket, self._guided(step, bucket, given)
+            return bucket, self._guided(step, bucket, told)
         self._layers, self._snapshots, self._states, seen, block = self.steps.decode(
             self._layers,
             self._snapshots,
             self._states,
             None if kind == "greedy" else self._seen,
+            told,
             steps=min(step.steps, BLOCK_STEPS),
-            **given,
         )
         if kind != "greedy":
             self._seen = seen
@@ -284,10 +290,10 @@ class Core:
             greedy = greedy and job.sampling[index].greedy
         return "greedy" if greedy else "sampled"
 
-    def _guided(self, step: DecodeStep, bucket: int, given: dict[str, Any]) -> Any:
+    def _guided(self, step: DecodeStep, bucket: int, told: StepRows) -> Block:
         """A step whose tokens the host has a say in: while the forward pass runs, the results of the steps
         before it are looked at, and what may follow them is found out."""
-        self._layers, passed = self.steps.forward_pass(self._layers, self._states, **given)
+        self._layers, passed = self.steps.forward_pass(self._layers, self._states, told)
         while self._pending:
             self._collect()
         if not self._ahead:
@@ -300,9 +306,8 @@ class Core:
             self._snapshots,
             self._states,
             self._seen,
-            roster=given["roster"],
-            passed=passed,
-            allowed=allowed,
+            passed,
+            allowed,
             likeliest=any(job.likeliest for job in jobs),
         )
         return block
@@ -321,7 +326,7 @@ class Core:
             try:
                 guide.allow(drafts, allowed[row.rank * bucket + row.row])
             except Exception as error:  # harms nobody else
-                job.failed(error)
+                job.failed(self, error)
                 self.cancel(row.sequence)
         return allowed
 

@@ -43,11 +43,11 @@ from qwen_moe_jax.engine.rows import (
     BLOCK_STEPS,
     LIKELIEST,
     Block,
-    Entries,
     Layers,
     Roster,
     RowStates,
     States,
+    StepRows,
 )
 from qwen_moe_jax.engine.sampling import likeliest
 from qwen_moe_jax.formats.cache import HybridCache, KVCache, LookedAt, Placement, states_of
@@ -74,18 +74,14 @@ def decode(
     snapshots: States,
     states: RowStates,
     seen: jax.Array | None,
-    roster: Roster,
-    entries: Entries,
-    tables,
-    capacity,
+    told: StepRows,
     steps,
     only: str | None = None,
 ) -> tuple[Layers, States, RowStates, jax.Array | None, Block]:
     """See `Steps.decode`; `only` "decode" or "verify" leaves out the passes of the other kind."""
-    start, table, room = model.by_row(enter, states, roster, entries, tables, capacity)
-    given = Given(roster, table, room, start.emitted)
+    start, given = _entered(model, states, told)
     most = BLOCK_STEPS * (model.draft_tokens + 1)
-    said = model.by_row(partial(_nothing_said, most=most), roster.slots)
+    said = model.by_row(partial(_nothing_said, most=most), told.roster.slots)
     carry = _Carry(jnp.int32(0), layers, snapshots, start, seen, said)
 
     def goes_on(carry: _Carry) -> jax.Array:
@@ -109,24 +105,21 @@ def decode(
         carry = lax.while_loop(goes_on, either, carry)
 
     block = _block(model, carry, given, most)
-    after = model.by_row(leave, states, carry.rows, roster)
+    after = model.by_row(leave, states, carry.rows, told.roster)
     return carry.layers, carry.snapshots, after, carry.seen, block
 
 
+def _entered(model: Forward, states: RowStates, told: StepRows) -> tuple[RowStates, Given]:
+    """The rows of a step, and what stays the same in it."""
+    rows, table, room = model.by_row(enter, states, told.roster, told.entries, told.tables, told.capacity)
+    return rows, Given(told.roster, table, room, rows.emitted)
+
+
 def forward_pass(
-    model: Forward,
-    params,
-    *,
-    layers: Layers,
-    states: RowStates,
-    roster: Roster,
-    entries: Entries,
-    tables,
-    capacity,
+    model: Forward, params, *, layers: Layers, states: RowStates, told: StepRows
 ) -> tuple[Layers, "Pass"]:
     """See `Steps.forward_pass`."""
-    rows, table, room = model.by_row(enter, states, roster, entries, tables, capacity)
-    given = Given(roster, table, room, rows.emitted)
+    rows, given = _entered(model, states, told)
     return _pass(model, params, given, rows, layers, verify=_guided_verify(model))
 
 
@@ -138,17 +131,16 @@ def choose(
     snapshots: States,
     states: RowStates,
     seen: jax.Array,
-    roster: Roster,
     passed: "Pass",
     allowed,
     likeliest_asked,
 ) -> tuple[Layers, States, RowStates, jax.Array, Block]:
     """See `Steps.choose`."""
-    given = Given(roster, passed.table, passed.capacity, passed.rows.emitted)
+    given = passed.given
     most = passed.logits.shape[1]
-    said = model.by_row(partial(_nothing_said, most=most), roster.slots)
+    said = model.by_row(partial(_nothing_said, most=most), given.roster.slots)
     carry = _Carry(jnp.int32(0), layers, snapshots, passed.rows, seen, said)
-    carry = _chosen(model, params, given, passed, carry, allowed)
+    carry = _chosen(model, params, passed, carry, allowed)
     block = _block(model, carry, given, most)
     count = min(LIKELIEST, passed.logits.shape[2])
 
@@ -162,7 +154,7 @@ def choose(
     block = dataclasses.replace(
         block, likeliest=model.everywhere(tokens), likeliest_logprobs=model.everywhere(logprobs)
     )
-    after = model.by_row(leave, states, carry.rows, roster)
+    after = model.by_row(leave, states, carry.rows, given.roster)
     assert carry.seen is not None
     return carry.layers, carry.snapshots, after, carry.seen, block
 
@@ -217,8 +209,7 @@ class Pass:
     """What a forward pass over the next tokens of rows says, before anything is chosen."""
 
     rows: RowStates  # before it
-    table: jax.Array  # as of `Given`
-    capacity: jax.Array
+    given: Given
     hidden: jax.Array  # [rows, tokens, hidden]
     logits: jax.Array  # float32 [rows, tokens, vocab]
     # of a pass that verifies: what each recurrent layer has looked at, None for attention
@@ -235,8 +226,7 @@ def _pass(
         where drafts are verified; the pass).
     """
     own = len(layers) - (model.drafter is not None)
-    placed = Placement(tables=given.table, slots=given.roster.slots, length=rows.length)
-    cache = HybridCache(layers[:own], placed)
+    cache = HybridCache(layers[:own], _placed(given, rows))
     if verify:
         tokens, valid = model.by_row(fed, rows, given)
         hidden, all_looked = model.look(params, tokens, valid, cache)
@@ -249,18 +239,15 @@ def _pass(
         hidden, cache = model.hidden(params, tokens, valid, cache)
         looked, after = None, cache.layers
     logits = model.logits(params, hidden)
-    return after + layers[own:], Pass(rows, given.table, given.capacity, hidden, logits, looked)
+    return after + layers[own:], Pass(rows, given, hidden, logits, looked)
 
 
-def _chosen(
-    model: Forward, params, given: Given, passed: Pass, carry: _Carry, allowed: jax.Array | None = None
-) -> _Carry:
+def _chosen(model: Forward, params, passed: Pass, carry: _Carry, allowed: jax.Array | None = None) -> _Carry:
     """The second half: tokens, and what they change."""
-    rows, roster, layers = passed.rows, given.roster, carry.layers
+    rows, given, layers = passed.rows, passed.given, carry.layers
     with jax.named_scope("sampling"):
-        more = () if allowed is None else (allowed,)
         after, seen, said, chosen = model.by_row(
-            take, passed.logits, rows, given, carry.seen, carry.said, *more
+            take, passed.logits, rows, given, carry.seen, carry.said, allowed
         )
     if passed.looked is None:
         if model.drafter is not None:
@@ -268,12 +255,12 @@ def _chosen(
             valid = model.by_row(running, rows, given)[:, None]
             drafter = model.remember(params, passed.hidden, chosen, valid, drafter)
             layers = layers[:-1] + drafter.layers
-        snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, roster)
+        snapshots = _keep_at_borders(model, carry.snapshots, layers, rows, after, given.roster)
         return _Carry(carry.step + 1, layers, snapshots, after, seen, said)
     counts = after.length - rows.length
     pairs = zip(passed.looked, layers[:-1], strict=True)
     looked: Any = tuple(before if one is None else one for one, before in pairs)
-    written = model.accept(params, looked, counts, roster.slots, layers[:-1])
+    written = model.accept(params, looked, counts, given.roster.slots, layers[:-1])
     carry = _Carry(carry.step, written + layers[-1:], carry.snapshots, rows, seen, said)
     return _drafted(model, params, given, carry, after, passed.hidden, chosen)
 
@@ -285,14 +272,14 @@ def _placed(given: Given, rows: RowStates) -> Placement:
 def _one_token(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     """A token of every row, without drafts."""
     layers, passed = _pass(model, params, given, carry.rows, carry.layers, verify=False)
-    return _chosen(model, params, given, passed, dataclasses.replace(carry, layers=layers))
+    return _chosen(model, params, passed, dataclasses.replace(carry, layers=layers))
 
 
 def _verified(model: Forward, params, given: Given, carry: _Carry) -> _Carry:
     """The drafts of every row that has some, and new ones."""
     if not model.exact:
         layers, passed = _pass(model, params, given, carry.rows, carry.layers, verify=True)
-        return _chosen(model, params, given, passed, dataclasses.replace(carry, layers=layers))
+        return _chosen(model, params, passed, dataclasses.replace(carry, layers=layers))
     hidden, layers, after, seen, said, chosen = _one_by_one(model, params, given, carry)
     carry = dataclasses.replace(carry, layers=layers + carry.layers[-1:], seen=seen, said=said)
     return _drafted(model, params, given, carry, after, hidden, chosen)
@@ -350,9 +337,8 @@ def _one_by_one(model: Forward, params, given: Given, carry: _Carry) -> tuple[An
 
     def one_more(place: jax.Array, before: tuple[Any, ...]) -> tuple[Any, ...]:
         every_hidden, layers, rows, seen, said, every_token, alive = before
-        placed = Placement(tables=given.table, slots=given.roster.slots, length=rows.length)
         tokens, valid = rows.token[:, None], alive[:, None]
-        hidden, cache = model.hidden(params, tokens, valid, HybridCache(layers, placed))
+        hidden, cache = model.hidden(params, tokens, valid, HybridCache(layers, _placed(given, rows)))
         logits = model.logits(params, hidden)
         with jax.named_scope("sampling"):
             rows, seen, said, chosen, alive = model.by_row(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Job:
         guides: of each sequence; empty for none.
         likeliest: how many of the likeliest tokens are wanted in each place.
         drafted: called with the drafts that were verified, and how many of them hold.
-        failed: called if a guide fails; the sequence has ended then.
+        failed: called with the core and the error if a guide fails; the sequence ends then.
     """
 
     prompt: np.ndarray
@@ -66,7 +66,7 @@ class Job:
     guides: tuple[Guide | None, ...] = ()
     likeliest: int = 0
     drafted: Callable[[int, int], None] = lambda drafted, accepted: None
-    failed: Callable[[BaseException], None] = lambda error: None
+    failed: Callable[[Any, BaseException], None] = lambda core, error: None
 
     @property
     def is_guided(self) -> bool:

@@ -61,6 +61,17 @@ class Roster:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class StepRows:
+    """What the host says of a decode step."""
+
+    roster: Roster  # its rows
+    entries: Entries  # of those that begin
+    tables: jax.Array  # [slots, width] int32, the pages of every row
+    capacity: jax.Array  # [slots] int32, tokens that every row has pages for; a row without room waits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Block:
     """What one call emitted: row b's first `count[b]` entries."""
 

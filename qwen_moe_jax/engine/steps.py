@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen_moe_jax.engine.decoding import Pass, choose, decode, forward_pass
 from qwen_moe_jax.engine.forward import Forward
-from qwen_moe_jax.engine.rows import Block, Entries, Layers, Roster, RowStates, States
+from qwen_moe_jax.engine.rows import Block, Layers, RowStates, States, StepRows
 from qwen_moe_jax.formats.cache import HybridCache, Placement
 
 
@@ -88,11 +88,8 @@ class Steps:
         snapshots: States,
         states: RowStates,
         seen: jax.Array | None,
+        told: StepRows,
         *,
-        roster: Roster,
-        entries: Entries,
-        tables: Any,
-        capacity: Any,
         steps: int,
     ) -> tuple[Layers, States, RowStates, jax.Array | None, Block]:
         """Up to `steps` (at most BLOCK_STEPS) forward passes, fewer when all rows have finished; each gives
@@ -105,10 +102,7 @@ class Steps:
             seen: int32 [slots, vocab], the `sampling.history` of every row that penalties count for; None if
                 every row of the step takes the most likely token without penalties: then nothing else is
                 compiled.
-            roster: the rows of this step.
-            entries: what the host says of those that begin.
-            tables: int32 [slots, width], the pages of every row.
-            capacity: int32 [slots], tokens that every row has pages for; a row without room waits.
+            told: what the host says of the step.
             steps: at least one.
 
         Returns:
@@ -120,41 +114,21 @@ class Steps:
             snapshots=snapshots,
             states=states,
             seen=seen,
-            roster=roster,
-            entries=entries,
-            tables=tables,
-            capacity=capacity,
+            told=told,
             steps=np.int32(steps),
         )
 
-    def forward_pass(
-        self,
-        layers: Layers,
-        states: RowStates,
-        *,
-        roster: Roster,
-        entries: Entries,
-        tables: Any,
-        capacity: Any,
-    ) -> tuple[Layers, Pass]:
+    def forward_pass(self, layers: Layers, states: RowStates, told: StepRows) -> tuple[Layers, Pass]:
         """The first half of a *guided* step, in which the host says which tokens may be chosen: one forward
         pass, over drafts too where the model makes some. The host decides meanwhile.
 
         Args:
-            layers, states, roster, entries, tables, capacity: as of `decode`; states are not donated.
+            layers, states, told: as of `decode`; states are not donated.
 
         Returns:
             (pools, what `choose` takes).
         """
-        return self._forward_pass(
-            self.forward.parameters,
-            layers=layers,
-            states=states,
-            roster=roster,
-            entries=entries,
-            tables=tables,
-            capacity=capacity,
-        )
+        return self._forward_pass(self.forward.parameters, layers=layers, states=states, told=told)
 
     def choose(
         self,
@@ -162,17 +136,16 @@ class Steps:
         snapshots: States,
         states: RowStates,
         seen: jax.Array,
-        *,
-        roster: Roster,
         passed: Pass,
         allowed: np.ndarray,
+        *,
         likeliest: bool,
     ) -> tuple[Layers, States, RowStates, jax.Array, Block]:
         """The second half: every row's next tokens.
 
         Args:
-            layers, snapshots, states, seen, roster: as of `decode`.
-            passed: of `forward_pass` with the same rows; no other step has run since.
+            layers, snapshots, states, seen: as of `decode`.
+            passed: of `forward_pass`; no other step has run since.
             allowed: uint32 [rows, tokens of the pass, words], as of `sampling.unpack_mask`.
             likeliest: also say the likeliest tokens.
 
@@ -185,7 +158,6 @@ class Steps:
             snapshots=snapshots,
             states=states,
             seen=seen,
-            roster=roster,
             passed=passed,
             allowed=allowed,
             likeliest_asked=np.bool_(likeliest),
@@ -228,10 +200,7 @@ class Steps:
         layers: Layers,
         snapshots: States,
         states: RowStates,
-        roster: Roster,
-        entries: Entries,
-        tables: Any,
-        capacity: Any,
+        told: StepRows,
         only: str | None = None,
     ) -> jax.stages.Lowered:
         """The program of `decode` for greedy rows, of arguments without values; `only` its passes over one
@@ -242,10 +211,7 @@ class Steps:
             snapshots=snapshots,
             states=states,
             seen=None,
-            roster=roster,
-            entries=entries,
-            tables=tables,
-            capacity=capacity,
+            told=told,
             steps=jax.ShapeDtypeStruct((), jnp.int32),
             only=only,
         )

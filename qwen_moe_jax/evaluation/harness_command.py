@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from qwen_moe_jax.errors import MissingExtraError
+from qwen_moe_jax.extras import extra_module
 
 
 def run_harness(arguments: Sequence[str]) -> int:
@@ -12,12 +12,7 @@ def run_harness(arguments: Sequence[str]) -> int:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError:
-        raise MissingExtraError(
-            'lm_eval is not installed; `pip install "qwen-moe-jax[eval]"` has it.'
-        ) from None
+    cli_evaluate = extra_module("lm_eval.__main__", "eval").cli_evaluate
     import lm_eval.models  # noqa: F401  so that its own models are known, too
 
     import qwen_moe_jax.evaluation.harness  # noqa: F401  registers the model

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_moe_jax.errors import InputError, MissingExtraError
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.extras import extra_module
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,7 +74,7 @@ class LabelledArray:
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        pandas = _module("pandas")
+        pandas = extra_module("pandas", "notebooks")
         coordinates = [self.coordinates(axis) for axis in self.axes]
         if self.array.ndim == 1:
             return pandas.Series(self.array, pandas.Index(coordinates[0], name=self.axes[0]), name=self.name)
@@ -92,7 +93,9 @@ class LabelledArray:
             MissingExtraError: xarray is not installed.
         """
         coordinates = {axis: list(labels) for axis, labels in self.labels.items()}
-        return _module("xarray").DataArray(self.array, dims=self.axes, coords=coordinates, name=self.name)
+        return extra_module("xarray", "notebooks").DataArray(
+            self.array, dims=self.axes, coords=coordinates, name=self.name
+        )
 
     def __repr__(self) -> str:
         return f"{self._summary()}\n{np.array2string(self.array, precision=3, threshold=60, edgeitems=2)}"
@@ -122,14 +125,3 @@ class RouterCapture:
         """How many tokens chose each expert, [experts]."""
         chosen = self.ids.array
         return np.bincount(chosen[chosen >= 0], minlength=experts)
-
-
-def _module(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingExtraError(
-            f'{name} is not installed; `pip install "qwen-moe-jax[notebooks]"` has it.'
-        ) from None

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.formats.cache import PAGE, pages_for
+from qwen_moe_jax.formats.cache import PAGE
 from qwen_moe_jax.generation.guides import RowGuide
 from qwen_moe_jax.generation.options import GenerationConfig
 from qwen_moe_jax.generation.replies import ReplyForm
@@ -50,28 +50,18 @@ class Model(Protocol):
 
 
 def limited(asked: Asked, pages: int) -> Asked:
-    """With a number of new tokens, if none was given.
+    """With a number of new tokens: as many as there is room for, if none was given.
 
     Args:
         asked: a prompt.
         pages: of the engine, on each data rank.
-
-    Raises:
-        InputError: a sequence can never have the pages it needs.
     """
-    prompt, new = len(asked.ids), asked.config.max_new_tokens
-    if new is None:
-        # the last token is never written
-        new = max(1, asked.config.min_new_tokens, min(asked.room, pages * PAGE - prompt + 1))
-        config = dataclasses.replace(asked.config, max_new_tokens=new)
-        asked = dataclasses.replace(asked, config=config)
-    needed = pages_for(prompt + new - 1)
-    if needed > pages:
-        raise InputError(
-            f"a prompt of {prompt} tokens and {new} new ones need {needed} pages of {PAGE} "
-            f"tokens, and the engine has {pages}; give the engine more memory, or fewer tokens."
-        )
-    return asked
+    if asked.config.max_new_tokens is not None:
+        return asked
+    # the last token is never written
+    room = min(asked.room, pages * PAGE - len(asked.ids) + 1)
+    new = max(1, asked.config.min_new_tokens, room)
+    return dataclasses.replace(asked, config=dataclasses.replace(asked.config, max_new_tokens=new))
 
 
 def options_of_each(

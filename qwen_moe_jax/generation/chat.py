@@ -12,6 +12,7 @@ import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
 
 from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.generation.replies import function_of
 from qwen_moe_jax.generation.template_limits import BoundedEnvironment, TemplateLimitError
 from qwen_moe_jax.generation.tokenizer import read_tokenizer_config
 
@@ -248,7 +249,7 @@ def _with_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_tool(tool: Any) -> bool:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    function = function_of(tool) if isinstance(tool, Mapping) else None
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 

@@ -48,8 +48,6 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         )
     taken = (*_TAKEN, *_PENALTIES)
     found: dict[str, Any] = {name: stored[name] for name in taken if stored.get(name) is not None}
-    if found.get("top_k") == 0:  # transformers' "keep all", as here
-        found["top_k"] = -1
     try:
         GenerationConfig(**{**found, "do_sample": True})
     except (InputError, TypeError) as error:
@@ -73,7 +71,7 @@ def with_defaults(
     """
     if config is not None:
         return config.override(**options)
-    asked = GenerationConfig().expand(options)
+    asked = GenerationConfig.expand(options)
     samples = asked.get("do_sample", defaults.get("do_sample", False))
     own = {name: value for name, value in defaults.items() if samples or name not in SAMPLING_OPTIONS}
     return GenerationConfig().override(**own | asked)

@@ -212,6 +212,9 @@ class Engine:
         """
         core = self._checked_core()
         asked = [limited(one, core.sizes.pages) for one in asked]
+        for one in asked:
+            assert one.config.max_new_tokens is not None
+            core.scheduler.check_fits(len(one.ids), one.config.max_new_tokens)
         pairs = [self._request(one, one_by_one) for one in asked]
 
         def submit(core: Core) -> None:
@@ -252,7 +255,7 @@ class Engine:
             guides=asked.guides,
             likeliest=config.top_logprobs,
             drafted=request.count_drafts,
-            failed=lambda error: self._give_up(request, error),
+            failed=lambda core, error: self._end(core, request, error),
         )
         return request, job
 
@@ -324,23 +327,17 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """See `requests.Runner`."""
 
-        def end(core: Core) -> None:
-            for row in self._running.pop(request, ()):
-                core.cancel(row)
-            request.end()
-
         with self._lock:
             closed = self._closed
         if closed:
             request.end()
         else:
-            self._command(end)
+            self._command(lambda core: self._end(core, request))
 
-    def _give_up(self, request: Request, error: BaseException) -> None:
-        """Ends a request with an error; others go on."""
+    def _end(self, core: Core, request: Request, error: BaseException | None = None) -> None:
+        """Ends a request before its time; others go on."""
         for row in self._running.pop(request, ()):
-            if self._core is not None:
-                self._core.cancel(row)
+            core.cancel(row)
         request.end(error)
 
     def _take(

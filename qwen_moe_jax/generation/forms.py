@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_moe_jax.errors import EngineError, InputError, MissingExtraError
+from qwen_moe_jax.errors import EngineError, InputError
+from qwen_moe_jax.extras import extra_module
 from qwen_moe_jax.generation.guides import RowGuide
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 from qwen_moe_jax.generation.tool_forms import JSON_STYLE, call_grammar
@@ -135,10 +136,4 @@ class Form(RowGuide):
 
 
 def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError:
-        raise MissingExtraError(
-            'response_format needs llguidance; install it with pip install "qwen-moe-jax[structured]".'
-        ) from None
-    return llguidance
+    return extra_module("llguidance", "structured")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen_moe_jax.generation.replies import CLOSE_THINK, OPEN_THINK
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 
-OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 # How a Qwen template ends thinking, and what stands before the content.
 _END_OF_THINKING, _BEHIND_THINKING = f"\n{CLOSE_THINK}\n\n", "\n\n"
 _FOR_EVER = 1 << 30

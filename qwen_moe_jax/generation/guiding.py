@@ -8,7 +8,6 @@ import numpy as np
 
 from qwen_moe_jax.generation.forms import Forms, grammar_of
 from qwen_moe_jax.generation.guides import (
-    OPEN_THINK,
     AfterThinking,
     AllOf,
     BannedWords,
@@ -16,6 +15,7 @@ from qwen_moe_jax.generation.guides import (
     ThinkingBudget,
 )
 from qwen_moe_jax.generation.options import GenerationConfig
+from qwen_moe_jax.generation.replies import opens_thinking
 from qwen_moe_jax.generation.tokenizer import Tokenizer
 
 # Lists of banned words whose tokens are kept.
@@ -52,22 +52,21 @@ class Guiding:
         Raises:
             InputError: a form that cannot be followed.
         """
-        grammar, tokenizer = grammar_of(config.response_format), self._tokenizer
-        if tokenizer is None or not (grammar or config.bad_words or config.thinking_budget is not None):
+        if self._tokenizer is None or not config.is_guided:
             return ()
         with self._lock:
-            return self._made(tokenizer, prompt, config, grammar, end_ids)
+            return self._made(self._tokenizer, prompt, config, end_ids)
 
     def _made(
         self,
         tokenizer: Tokenizer,
         prompt: np.ndarray,
         config: GenerationConfig,
-        grammar: str | None,
         end_ids: Sequence[int],
     ) -> tuple[RowGuide, ...]:
+        grammar = grammar_of(config.response_format)
         tail = tokenizer.decode(prompt[-_TAIL:].tolist(), skip_special_tokens=False)
-        opened = tail.rstrip().endswith(OPEN_THINK)
+        opened = opens_thinking(tail)
         made = []
         for _ in range(config.num_return_sequences):
             guides: list[RowGuide] = []
@@ -79,6 +78,8 @@ class Guiding:
                 self._forms = self._forms or Forms(tokenizer, self._vocab_size)
                 form = self._forms.guide(grammar, end_ids)
                 guides.append(AfterThinking(form, tokenizer) if opened else form)
+            if not guides:  # a form that is plain text
+                return ()
             made.append(guides[0] if len(guides) == 1 else AllOf(guides))
         return tuple(made)
 

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qwen_moe_jax.engine.rows import LIKELIEST
 from qwen_moe_jax.engine.sampling import MOST_BIASES, MOST_ENDS, RowSampling
 from qwen_moe_jax.errors import InputError
 
@@ -17,7 +18,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "non-thinking-reasoning": _EVERY_PRESET
     | {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
 }
-MOST_LIKELIEST = 20  # tokens that are named in a place, at most
 # Options that only mean something where tokens are drawn.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 # Values beyond these mean "off" or "always" in practice, and overflow float32 when they meet a logit.
@@ -255,7 +255,7 @@ def _check_ranges(c: GenerationConfig) -> None:
     _require(hot, "temperature", c.temperature, f"0 (the most likely token) or {span}")
     for name in ("top_logprobs", "prompt_logprobs"):
         value = getattr(c, name)
-        _require(0 <= (value or 0) <= MOST_LIKELIEST, name, value, f"0 to {MOST_LIKELIEST}")
+        _require(0 <= (value or 0) <= LIKELIEST, name, value, f"0 to {LIKELIEST}")
     _require(c.top_k >= -1, "top_k", c.top_k, "0 or -1 (keep all) or more")
     _require((c.draft_tokens or 0) >= 0, "draft_tokens", c.draft_tokens, "0 (none) or more")
     _require(0 < c.top_p <= 1, "top_p", c.top_p, "a number above 0 and at most 1")

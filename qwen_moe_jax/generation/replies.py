@@ -25,10 +25,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_OPEN_THINK, _CLOSE_THINK = "<think>", "</think>"
+OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether the reply to a prompt begins inside of thinking."""
+    return prompt.rstrip().endswith(OPEN_THINK)
+
+
+def function_of(tool: Mapping[str, Any]) -> Any:
+    """The function of a tool in OpenAI's form, or the bare function that it is."""
+    return tool.get("function", tool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +90,7 @@ class ReplyForm:
     @classmethod
     def behind(cls, prompt: str, tools: Sequence[Mapping[str, Any]]) -> "ReplyForm":
         """Of the reply behind a chat's text."""
-        opened = prompt.rfind(_OPEN_THINK)
-        return cls(opened >= 0 and not prompt[opened + len(_OPEN_THINK) :].strip(), tuple(tools))
+        return cls(opens_thinking(prompt), tuple(tools))
 
     def parser(self) -> "ReplyParser":
         """Tells one reply apart."""
@@ -150,20 +159,20 @@ class ReplyParser:
     def _at_start(self, final: bool) -> list[Delta]:
         """Before the first word: thinking may begin here, and nowhere else."""
         rest = self._held.lstrip()
-        if rest.startswith(_OPEN_THINK):
-            self._held, self._state = rest[len(_OPEN_THINK) :], self._in_thinking
-        elif final or not _OPEN_THINK.startswith(rest):
+        if rest.startswith(OPEN_THINK):
+            self._held, self._state = rest[len(OPEN_THINK) :], self._in_thinking
+        elif final or not OPEN_THINK.startswith(rest):
             self._state = self._in_content
         return []
 
     def _in_thinking(self, final: bool) -> list[Delta]:
         if not self._reasoning:
             self._held = self._held.lstrip()
-        end = self._held.find(_CLOSE_THINK)
+        end = self._held.find(CLOSE_THINK)
         if end < 0:
-            return self._think(self._take(_undecided(self._held, _CLOSE_THINK, final)))
+            return self._think(self._take(_undecided(self._held, CLOSE_THINK, final)))
         found = self._think(self._take(end).rstrip())
-        self._take(len(_CLOSE_THINK))
+        self._take(len(CLOSE_THINK))
         self._state = self._behind_a_tag
         return found
 
@@ -240,13 +249,19 @@ def _value(text: str) -> str:
     return text.removeprefix("\n").removesuffix("\n")
 
 
+def kinds_of(schema: Any) -> list[Any]:
+    """The types that a schema allows; none if it does not say."""
+    if not isinstance(schema, Mapping):
+        return []
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    choices = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    return kinds or [each.get("type") for each in choices if isinstance(each, Mapping)]
+
+
 def _typed(text: str, schema: Any) -> Any:
     """A parameter's value by its schema: text stays text, all else is JSON. What is none stays text, too."""
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-    if not kinds and isinstance(schema, Mapping):
-        choices = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-        kinds = [each.get("type") for each in choices if isinstance(each, Mapping)]
+    kinds = kinds_of(schema)
     if kinds == ["string"] or not kinds:
         return text
     try:
@@ -269,7 +284,7 @@ def _schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     """Function -> schema of each parameter, of tools in OpenAI's form or as bare functions."""
     found: dict[str, dict[str, Any]] = {}
     for tool in tools:
-        function = tool.get("function", tool)
+        function = function_of(tool)
         parameters = function.get("parameters") or {}
         found[str(function.get("name"))] = dict(parameters.get("properties") or {})
     return found

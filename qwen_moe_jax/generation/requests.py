@@ -88,12 +88,8 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """The pieces, for `async for`; other tasks run meanwhile."""
-        loop, event, given = asyncio.get_running_loop(), asyncio.Event(), 0
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits any more
-                loop.call_soon_threadsafe(event.set)
-
+        event, given = asyncio.Event(), 0
+        wake = _waker(event)
         with self._changed:
             self._wake.append(wake)
         try:
@@ -148,6 +144,13 @@ class Request:
                 decode_seconds=self.ended - first,
             ),
         )
+
+    async def ended_result(self) -> GenerationOutput:
+        """As `result`; other tasks run meanwhile."""
+        event = asyncio.Event()
+        self.when_ended(_waker(event))
+        await event.wait()
+        return self.result()
 
     def cancel(self) -> None:
         """Ends it, and gives what it holds back; nothing happens where it has ended already."""
@@ -218,3 +221,14 @@ class Request:
     def _raise(self) -> None:
         if self._error is not None:
             raise EngineError(f"the request was not finished: {self._error}") from self._error
+
+
+def _waker(event: asyncio.Event) -> Callable[[], None]:
+    """Sets an event of the running loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits any more
+            loop.call_soon_threadsafe(event.set)
+
+    return wake

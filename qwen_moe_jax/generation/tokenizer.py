@@ -11,6 +11,14 @@ from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.json_files import read_json_object
 
 
+def byte_characters() -> dict[int, str]:
+    """What byte-level vocabularies write for each byte (Radford et al. 2019): those that print stand for
+    themselves, and all others from U+0100 on."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 class Tokenizer:
     """Text to token ids and back, by the checkpoint's `tokenizer.json`."""
 
@@ -48,12 +56,7 @@ class Tokenizer:
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         """What each id adds to a text, in UTF-8; nothing for ids without text."""
-        # Byte-level vocabularies (Radford et al. 2019) write each byte as a character: these are the bytes
-        # that print as themselves, and all others from U+0100 on.
-        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printed]
-        of_character = {chr(byte): byte for byte in printed}
-        of_character |= {chr(256 + number): byte for number, byte in enumerate(others)}
+        of_character = {character: byte for byte, character in byte_characters().items()}
         byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
         added = self.backend.get_added_tokens_decoder()
         found = []

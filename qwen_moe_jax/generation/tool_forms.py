@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.generation.replies import function_of, kinds_of
 
 # JSON as `json.dumps` writes it: a model that may put spaces anywhere sometimes writes them for ever.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -34,7 +35,7 @@ def chosen_tools(tools: Any, choice: Any) -> tuple[Any, list[Mapping[str, Any]]]
         return tools, list(tools)
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    named = [tool for tool in tools if tool.get("function", tool).get("name") == name]
+    named = [tool for tool in tools if function_of(tool).get("name") == name]
     if not isinstance(name, str) or not named:
         raise InputError(
             f"tool_choice is {choice!r}; expected 'auto', 'none', 'required' or {{'type': 'function', "
@@ -54,7 +55,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], *, xml: bool) -> str:
     names = [f"call_{number}" for number in range(len(tools))]
     rules.append("call: " + " | ".join(names))
     for name, tool in zip(names, tools, strict=True):
-        function = tool.get("function", tool)
+        function = function_of(tool)
         schema = function.get("parameters") or _NO_PARAMETERS
         rules += (
             _xml_call(name, function["name"], schema) if xml else _json_call(name, function["name"], schema)
@@ -81,14 +82,14 @@ def _xml_call(rule: str, function: str, schema: Mapping[str, Any]) -> list[str]:
 
 
 def _value(schema: Any) -> str:
-    """A parameter: text stays text, all else is JSON."""
+    """A parameter as `replies` takes it: text stays text, all else is JSON."""
     schema = schema if isinstance(schema, Mapping) else {}
-    choices = schema.get("enum")
-    if schema.get("type", "string") == "string" and isinstance(choices, list) and choices:
+    kinds, choices = kinds_of(schema), schema.get("enum")
+    if (kinds and "string" not in kinds) or "$ref" in schema:
+        return _json(schema)
+    if isinstance(choices, list) and choices:
         return " | ".join(json.dumps(str(choice)) for choice in choices)
-    if schema.get("type", "string") == "string" and not {"anyOf", "oneOf", "$ref"} & set(schema):
-        return _TEXT
-    return _json(schema)
+    return _TEXT
 
 
 def _json(schema: Mapping[str, Any]) -> str:

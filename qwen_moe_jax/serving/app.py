@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,17 +14,17 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from qwen_moe_jax.errors import EngineError, InputError
 from qwen_moe_jax.generation.api import QwenMoe
 from qwen_moe_jax.generation.engine import Engine
 from qwen_moe_jax.generation.requests import Request
-from qwen_moe_jax.generation.results import GenerationOutput
 from qwen_moe_jax.serving.errors import ApiError
 from qwen_moe_jax.serving.limits import Limits
 from qwen_moe_jax.serving.metrics import Metrics
 from qwen_moe_jax.serving.protocol import Asked, parse_chat, parse_completion, parse_json
-from qwen_moe_jax.serving.responses import Responses, Stream, usage_of
+from qwen_moe_jax.serving.responses import Responses, usage_of
 
 
 class Server:
@@ -144,31 +144,26 @@ class Server:
 
     async def _respond(self, request: HttpRequest, asked: Asked) -> Response:
         responses = Responses(asked, self.name, self._model.tokenizer)
-        with self._admitted(len(asked.prompts) * max(1, asked.count)) as leave:
+        with self._admitted(len(asked.prompts) * max(1, asked.count)) as ends:
             requests = await self._submit(asked)
+            for one in requests:
+                ends.callback(self._end, one)
             if asked.stream:
-                leave.pop_all()  # the stream does
-                stream = responses.stream(requests[0].reply)
-                return _events(self._streamed(requests[0], asked, responses, stream))
+                # the response ends them, also where the client has gone before the first event
+                return _EventStream(self._streamed(requests[0], asked, responses), ends.pop_all())
             try:
                 async with asyncio.timeout(self._limits.seconds), _until_gone(request):
-                    results = [await _result(one) for one in requests]
+                    results = [await one.ended_result() for one in requests]
                     prompts = await self._echoed(asked) if asked.echo else []
             except TimeoutError:
-                raise ApiError(
-                    408, f"the request took more than {self._limits.seconds:g} seconds.", kind="timeout"
-                ) from None
+                raise self._too_slow() from None
             except _GoneError:
                 raise ApiError(400, "the client has gone.") from None
-            finally:
-                for one in requests:
-                    one.cancel()
-                    self._time(one)
             return JSONResponse(responses.whole(results, prompts))
 
     @contextlib.contextmanager
-    def _admitted(self, sequences: int) -> Any:
-        """Counts a request's sequences until the end; `pop_all` of what it gives leaves that to a stream."""
+    def _admitted(self, sequences: int) -> Iterator[contextlib.ExitStack]:
+        """Counts a request's sequences until the end of what it gives."""
         room = self._limits.sequences - self._open
         if sequences > self._limits.sequences:
             raise ApiError(
@@ -183,12 +178,21 @@ class Server:
                 retry_after=1,
             )
         self._open += sequences
-        with contextlib.ExitStack() as leave:
-            leave.callback(self._leave, sequences)
-            yield leave
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._leave, sequences)
+            yield ends
 
     def _leave(self, sequences: int) -> None:
         self._open -= sequences
+
+    def _end(self, request: Request) -> None:
+        request.cancel()
+        now = time.perf_counter()
+        first = None if request.first_token is None else request.first_token - request.started
+        self._metrics.time(first, (request.ended or now) - request.started)
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(408, f"the request took more than {self._limits.seconds:g} seconds.", kind="timeout")
 
     async def _submit(self, asked: Asked) -> list[Request]:
         """Hands the prompts to the engine; templates and tokenizers run in another thread."""
@@ -197,10 +201,7 @@ class Server:
             found: list[Request] = []
             try:
                 for prompt in asked.prompts:
-                    options = dict(asked.options)
-                    if asked.chat and not asked.new_tokens:
-                        options["max_new_tokens"] = None
-                    found.append(self._engine.submit(prompt, one_by_one=asked.stream, **options))
+                    found.append(self._engine.submit(prompt, one_by_one=asked.stream, **asked.options))
             except BaseException:
                 for request in found:
                     request.cancel()
@@ -215,8 +216,10 @@ class Server:
             raise ApiError(503, str(error), kind="server_error") from None
 
     async def _streamed(
-        self, request: Request, asked: Asked, responses: Responses, stream: Stream
+        self, request: Request, asked: Asked, responses: Responses
     ) -> AsyncIterator[dict[str, Any]]:
+        """The events of a request with one prompt."""
+        stream = responses.stream(request.reply)
         try:
             for event in stream.begin():
                 yield event
@@ -227,19 +230,9 @@ class Server:
             if asked.include_usage:
                 yield responses.chunk([], usage_of([request.result().usage]))
         except TimeoutError:
-            seconds = self._limits.seconds
-            yield ApiError(408, f"the request took more than {seconds:g} seconds.", kind="timeout").body()
+            yield self._too_slow().body()
         except EngineError as error:
             yield ApiError(500, str(error), kind="server_error").body()
-        finally:
-            request.cancel()
-            self._leave(asked.count)
-            self._time(request)
-
-    def _time(self, request: Request) -> None:
-        now = time.perf_counter()
-        first = None if request.first_token is None else request.first_token - request.started
-        self._metrics.time(first, (request.ended or now) - request.started)
 
     async def _echoed(self, asked: Asked) -> list[dict[str, Any]]:
         """The prompts, with the log-probabilities of their tokens where they are asked for."""
@@ -298,27 +291,22 @@ async def _until_gone(request: HttpRequest) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def _result(request: Request) -> GenerationOutput:
-    """The result, once it is there."""
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+class _EventStream(StreamingResponse):
+    """Events as server-sent ones, and what is to be done once they were sent or the client has gone."""
 
-    def tell() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits any more
-            loop.call_soon_threadsafe(ended.set)
+    def __init__(self, events: AsyncIterator[dict[str, Any]], ends: contextlib.ExitStack):
+        async def lines() -> AsyncIterator[str]:
+            async for event in events:
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]\n\n"
 
-    request.when_ended(tell)
-    await ended.wait()
-    return request.result()
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(lines(), media_type="text/event-stream", headers=headers)
+        self._ends = ends
 
-
-def _events(found: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
-        async for event in found:
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._ends:
+            await super().__call__(scope, receive, send)
 
 
 def _too_large(most: int) -> ApiError:

@@ -1,7 +1,6 @@
 """`qwen-moe-jax serve`."""
 
 import argparse
-import importlib.util
 import os
 import signal
 import socket
@@ -9,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_moe_jax.errors import InputError, MissingExtraError
+from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.extras import extra_module
 
 if TYPE_CHECKING:
     from qwen_moe_jax.generation.api import QwenMoe
@@ -37,8 +37,7 @@ def check(options: argparse.Namespace) -> None:
         InputError: a limit that is none, or an address that cannot be listened at.
     """
     for name in ("starlette", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtraError(f'serve needs {name}; install it with pip install "qwen-moe-jax[serve]".')
+        extra_module(name, "serve")
     for name in ("max_queue", "max_body", "timeout"):
         if not getattr(options, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected more than 0.")

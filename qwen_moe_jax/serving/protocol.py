@@ -7,9 +7,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qwen_moe_jax.engine.rows import LIKELIEST
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.generation.chat import check_messages
-from qwen_moe_jax.generation.options import MOST_LIKELIEST, SAMPLING_OPTIONS
+from qwen_moe_jax.generation.options import SAMPLING_OPTIONS
 from qwen_moe_jax.serving.errors import ApiError, wrong
 
 # Parameters that are options under the same name.
@@ -66,24 +67,25 @@ class Asked:
         prompts: chats, texts or lists of token ids.
         options: of their generation, as of `Engine.submit`.
         chat: of /v1/chat/completions.
-        count: sequences of each prompt.
         stream: as events.
         include_usage: of a stream, in an event of its own at the end.
         logprobs: how many of the likeliest tokens are wanted with each one's log-probability; None for no
             log-probabilities.
         echo: give the prompt back before the text.
-        new_tokens: the options have as many as `max_tokens` says; False for as many as there is room for.
     """
 
     prompts: list[Any]
     options: dict[str, Any]
     chat: bool
-    count: int
     stream: bool
     include_usage: bool
     logprobs: int | None
     echo: bool = False
-    new_tokens: bool = True
+
+    @property
+    def count(self) -> int:
+        """Sequences of each prompt."""
+        return self.options.get("num_return_sequences", 1)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
     try:
         body = json.loads(raw, parse_constant=no_number)
-        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        if b"\\u" in raw:  # half a surrogate pair is no text
+            json.dumps(body, ensure_ascii=False).encode()
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply.") from None
     except ValueError as error:
@@ -127,7 +130,10 @@ def parse_chat(body: Mapping[str, Any], model: str, defaults: Mapping[str, Any])
         check_messages(messages)
     except InputError as error:
         raise ApiError(400, str(error), parameter="messages") from None
-    options = _options(body, defaults)
+    wanted, likeliest = _typed(body, "logprobs", bool, False), _typed(body, "top_logprobs", int, 0)
+    if likeliest and not wanted:
+        raise wrong("top_logprobs", likeliest, "logprobs: true beside it")
+    options = _options(body, defaults, likeliest)
     for name in _CHAT_OPTIONS:
         if body.get(name) is not None:
             options[name] = body[name]
@@ -140,18 +146,13 @@ def parse_chat(body: Mapping[str, Any], model: str, defaults: Mapping[str, Any])
         and body.get("tools")
     ):
         raise wrong("parallel_tool_calls", False, "a tool_choice beside it that forces one call, or true")
-    limit = _one_of(body, "max_completion_tokens", "max_tokens")
-    if limit is not None:
-        options["max_new_tokens"] = limit
-    wanted, likeliest = _typed(body, "logprobs", bool, False), _typed(body, "top_logprobs", int, 0)
-    if likeliest and not wanted:
-        raise wrong("top_logprobs", likeliest, "logprobs: true beside it")
+    # as many as there is room for, if nothing is said
+    options["max_new_tokens"] = _one_of(body, "max_completion_tokens", "max_tokens")
     return Asked(
         prompts=[messages],
         options=options,
         chat=True,
         logprobs=likeliest if wanted else None,
-        new_tokens=limit is not None,
         **_common(body),
     )
 
@@ -163,10 +164,9 @@ def parse_completion(body: Mapping[str, Any], model: str, defaults: Mapping[str,
         raise wrong("suffix", body["suffix"], "none: text cannot be filled in")
     if body.get("best_of") not in (None, body.get("n", 1)):
         raise wrong("best_of", body["best_of"], "the number of sequences n, or none")
-    options = _options(body, defaults)
-    limit = _typed(body, "max_tokens", int, None)
-    options["max_new_tokens"] = _DEFAULT_COMPLETION_TOKENS if limit is None else limit
     likeliest = _typed(body, "logprobs", int, None)
+    options = _options(body, defaults, likeliest or 0)
+    options["max_new_tokens"] = _typed(body, "max_tokens", int, _DEFAULT_COMPLETION_TOKENS)
     asked = Asked(
         prompts=_prompts(body.get("prompt")),
         options=options,
@@ -222,21 +222,22 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
     if more is not None and (not stream or not isinstance(more, dict) or set(more) - {"include_usage"}):
         raise wrong("stream_options", more, "{'include_usage': true} beside stream: true")
     include = _typed(more or {}, "include_usage", bool, False)
-    return {"count": _typed(body, "n", int, 1), "stream": stream, "include_usage": include}
+    return {"stream": stream, "include_usage": include}
 
 
-def _options(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _options(body: Mapping[str, Any], defaults: Mapping[str, Any], likeliest: int) -> dict[str, Any]:
     """Options of generation. What OpenAI's API takes for granted where a request says nothing: tokens are
     drawn, from all of the distribution; a checkpoint's own options come before that."""
+    if not 0 <= likeliest <= LIKELIEST:
+        raise wrong("the number of likeliest tokens", likeliest, f"0 to {LIKELIEST}")
     found = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
-    if found.get("temperature") == 0:
+    if found.get("temperature") == 0 and not isinstance(found["temperature"], bool):
         found = {name: value for name, value in found.items() if name not in SAMPLING_OPTIONS}
         found["do_sample"] = False
     elif not defaults.get("do_sample") and "preset" not in found:
         found = {"top_k": -1, "top_p": 1.0, **found, "do_sample": True}
     else:
         found["do_sample"] = True
-    _check_numbers(found)
     count = _typed(body, "n", int, 1)
     if count != 1:
         found["num_return_sequences"] = count
@@ -246,22 +247,10 @@ def _options(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     found["seed"] = secrets.randbits(32) if seed is None else seed % 2**32
     if body.get("stop") is not None:
         found["stop_strings"] = body["stop"]
-    likeliest: Any = body.get("top_logprobs" if "messages" in body else "logprobs")
-    if _is_int(likeliest):
-        if not 0 <= likeliest <= MOST_LIKELIEST:
-            raise wrong("the number of likeliest tokens", likeliest, f"0 to {MOST_LIKELIEST}")
-        found["top_logprobs"] = likeliest
-    found["return_logprobs"] = True
+    found |= {"top_logprobs": likeliest, "return_logprobs": True}
     if body.get("logit_bias") is not None:
         found["logit_bias"] = _biases(body["logit_bias"])
     return found
-
-
-def _check_numbers(options: Mapping[str, Any]) -> None:
-    """Numbers are what they are called: True is none."""
-    for name, value in options.items():
-        if name in SAMPLING_OPTIONS and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise wrong(name, value, "a number")
 
 
 def _biases(given: Any) -> dict[int, float]:

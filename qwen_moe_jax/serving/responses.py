@@ -71,8 +71,9 @@ class Responses:
         self, index: int, out: GenerationOutput, place: int, echoed: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         reason = out.finish_reasons[place]
-        tokens, logprobs = out.sequences[place], (out.logprobs or [[]])[place]
-        likeliest = (out.top_logprobs or [[{}] * len(tokens)])[place if out.top_logprobs else 0]
+        assert out.logprobs is not None
+        tokens, logprobs = out.sequences[place], out.logprobs[place]
+        likeliest = out.top_logprobs[place] if out.top_logprobs else [{}] * len(tokens)
         found: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         wants = self._asked.logprobs is not None
         if self._asked.chat:

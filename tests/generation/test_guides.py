@@ -198,8 +198,9 @@ ADD = {
             "a": {"type": "integer", "minimum": 0, "maximum": 99},
             "unit": {"type": "string", "enum": ["apples", "pears & <plums>"]},
             "all": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+            "kind": {"anyOf": [{"type": "string"}, {"type": "null"}], "enum": ["red", "green"]},
         },
-        "required": ["a", "unit"],
+        "required": ["a", "unit", "kind"],
         "additionalProperties": False,
     },
 }

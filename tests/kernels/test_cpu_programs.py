@@ -9,7 +9,7 @@ from support.problems import CHECKPOINT
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.engine.plan import BORDERS
-from qwen_moe_jax.engine.rows import Entries, Roster, RowStates
+from qwen_moe_jax.engine.rows import Entries, Roster, RowStates, StepRows
 from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
 from qwen_moe_jax.formats.cache import KVCache, Placement
 from qwen_moe_jax.kernels.table import IMPLEMENTATIONS, NATIVE, make_kernels
@@ -48,11 +48,11 @@ def decode(model, pools):
         sampling=SamplingParams.of([RowSampling()] * ROWS),
     )
     entries = Entries(begins=given("bool", ROWS), token=rows, length=rows, emitted=rows)
-    tables = given("int32", SLOTS, WIDTH)
+    told = StepRows(roster, entries, given("int32", SLOTS, WIDTH), slots)
     snapshots = jax.tree.map(
         lambda x: given(x.dtype.name, *x.shape), model._steps.forward.new_states(SLOTS + 1)
     )
-    return model._steps.lower_decode(pools, snapshots, states, roster, entries, tables, slots).compile()
+    return model._steps.lower_decode(pools, snapshots, states, told).compile()
 
 
 @pytest.fixture(scope="module")

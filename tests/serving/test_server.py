@@ -1,5 +1,6 @@
 """The server, spoken to by OpenAI's own client and by clients that do everything wrong."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -10,9 +11,12 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from starlette.requests import ClientDisconnect
 from support.servers import idle, serving
 
 from qwen_moe_jax import QwenMoe
+from qwen_moe_jax.serving.app import Server
+from qwen_moe_jax.serving.limits import Limits
 
 CHAT = [
     {
@@ -208,6 +212,26 @@ def test_who_goes_is_cancelled(server):
     with pytest.raises(httpx.ReadTimeout):  # and gone before there is a reply
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.3)
     assert idle(engine)
+
+
+def test_a_client_that_goes_before_the_first_event_holds_nothing(model):
+    body = json.dumps(ASKED | {"stream": True, "max_tokens": 3000, "ignore_eos": True}).encode()
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": []}
+    scope |= {"query_string": b"", "scheme": "http", "server": ("test", 80), "asgi": {"spec_version": "2.4"}}
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        raise OSError("the client has gone")
+
+    with model.engine(max_rows=2) as engine:
+        app = Server(model, engine, "abacus", Limits(sequences=1)).app()
+        for _ in range(3):  # were one held, the next would get 429
+            with pytest.raises(ClientDisconnect):
+                asyncio.run(app(scope, receive, send))
+            assert idle(engine)
 
 
 def test_limits_of_queue_time_and_key(model):

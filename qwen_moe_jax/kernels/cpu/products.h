@@ -1,5 +1,7 @@
 // The innermost products, one for each way: a few rows of a matrix times a few tokens.
 #pragma once
+#include <type_traits>
+
 #include "operand.h"
 
 #if defined(HAS_TILES)
@@ -85,13 +87,20 @@ inline void dot_panel(const Operand& x, long first_token, const char* w, long st
   }
 }
 
+// panel(COUNT, first token) for groups of 8, 4, 2 and 1 tokens, COUNT a constant.
+template <class Panel>
+inline void by_tokens(long tokens, Panel panel) {
+  long t = 0;
+  for (; t + 8 <= tokens; t += 8) panel(std::integral_constant<int, 8>(), t);
+  if (t + 4 <= tokens) panel(std::integral_constant<int, 4>(), t), t += 4;
+  if (t + 2 <= tokens) panel(std::integral_constant<int, 2>(), t), t += 2;
+  if (t < tokens) panel(std::integral_constant<int, 1>(), t);
+}
+
 template <bool PAIRS>
 inline void dot_all(const Operand& x, const char* w, long stride, long count, long left, float* c, long ldc) {
-  long t = 0;
-  for (; t + 8 <= x.tokens; t += 8) dot_panel<8, PAIRS>(x, t, w, stride, count, left, c, ldc);
-  if (t + 4 <= x.tokens) dot_panel<4, PAIRS>(x, t, w, stride, count, left, c, ldc), t += 4;
-  if (t + 2 <= x.tokens) dot_panel<2, PAIRS>(x, t, w, stride, count, left, c, ldc), t += 2;
-  if (t < x.tokens) dot_panel<1, PAIRS>(x, t, w, stride, count, left, c, ldc);
+  by_tokens(x.tokens,
+            [&](auto group, long t) { dot_panel<group(), PAIRS>(x, t, w, stride, count, left, c, ldc); });
 }
 
 // Rows of a float8 matrix from `first` on, widened in registers, times COUNT tokens. Blocks of columns are
@@ -154,18 +163,13 @@ inline void float8_panel(const Matrix& w, long first, long count, const Operand&
     float8_rows<1, COUNT, ROUND>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
 }
 
-template <bool ROUND>
-inline void float8_tokens(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  long t = 0;
-  for (; t + 8 <= x.tokens; t += 8) float8_panel<8, ROUND>(w, first, count, x, t, c, ldc);
-  if (t + 4 <= x.tokens) float8_panel<4, ROUND>(w, first, count, x, t, c, ldc), t += 4;
-  if (t + 2 <= x.tokens) float8_panel<2, ROUND>(w, first, count, x, t, c, ldc), t += 2;
-  if (t < x.tokens) float8_panel<1, ROUND>(w, first, count, x, t, c, ldc);
-}
-
 inline void float8_all(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  if (w.round) return float8_tokens<true>(w, first, count, x, c, ldc);
-  float8_tokens<false>(w, first, count, x, c, ldc);
+  by_tokens(x.tokens, [&](auto group, long t) {
+    if (w.round)
+      float8_panel<group(), true>(w, first, count, x, t, c, ldc);
+    else
+      float8_panel<group(), false>(w, first, count, x, t, c, ldc);
+  });
 }
 
 // --- FMA
