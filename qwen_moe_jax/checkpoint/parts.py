@@ -25,7 +25,7 @@ from qwen_moe_jax.checkpoint.reader import (
     read_targets,
 )
 from qwen_moe_jax.checkpoint.safetensors_files import stored_tensors
-from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
+from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Target, whole
 from qwen_moe_jax.checkpoint.writer import FLOATS
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
@@ -105,7 +105,7 @@ def part_keys(part: str) -> KeyMap:
 
 def read_part(
     folder: str | Path, part: str, *, dtype: Any = "auto", progress: bool = False
-) -> tuple[dict[str, jax.Array], Blocks]:
+) -> tuple[dict[str, jax.Array], Forms]:
     """Reads a part of a checkpoint onto the default device, strictly.
 
     Args:

@@ -18,14 +18,15 @@ import numpy as np
 from qwen_moe_jax.checkpoint.block_scales import BLOCK, E4M3
 from qwen_moe_jax.checkpoint.layout import is_scale, scale_name
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target
+from qwen_moe_jax.formats.codes import MatrixFormat
 
-# canonical name of a matrix -> rows and columns that a scale is held for
-Blocks = dict[str, tuple[int, int]]
+# canonical name of a matrix -> how it is held
+Forms = dict[str, MatrixFormat]
 
 
 def with_scales(
     targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Target], Blocks]:
+) -> tuple[dict[str, Target], Forms]:
     """Adds to the targets of float8 matrices those of their scales.
 
     Args:
@@ -33,10 +34,10 @@ def with_scales(
         shapes: stored parameter -> shape, with scales.
 
     Returns:
-        (all targets, in float8 where there are scales; granules).
+        (all targets, in float8 where there are scales; the forms of those matrices, with granules as blocks).
     """
     found: dict[str, Target] = {}
-    blocks: Blocks = {}
+    forms: Forms = {}
     for name, target in targets.items():
         if is_scale(name):
             continue
@@ -47,9 +48,9 @@ def with_scales(
         held = jax.ShapeDtypeStruct(struct.shape, E4M3, sharding=struct.sharding)
         found[name] = dataclasses.replace(target, struct=held)
         granules = _granules(target, shapes)
-        blocks[name] = granules
+        forms[name] = MatrixFormat("e4m3", granules)
         found[scale_name(name)] = _scale_target(target, granules, shapes)
-    return found, blocks
+    return found, forms
 
 
 def _scale_target(matrix: Target, granules: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> Target:

@@ -157,9 +157,9 @@ def whole_decoder(
     """The abstract decoder of one device, and what its parameters are read as."""
     decoder = abstract_decoder(config, policy, kernels)
     targets = {name: whole(name, struct) for name, struct in named_parameters(decoder).items()}
-    targets, blocks = with_scales(targets, parameter_shapes(config))
-    if blocks:
-        decoder = abstract_decoder(config, policy, kernels, blocks=blocks)
+    targets, forms = with_scales(targets, parameter_shapes(config))
+    if forms:
+        decoder = abstract_decoder(config, policy, kernels, forms=forms)
     return decoder, targets
 
 

@@ -30,11 +30,11 @@ def load_mtp(
         CheckpointError, ConfigError: as of `read_part` and `MtpHead`.
     """
     # Read first: of a checkpoint without the part, config.json need not say anything about it.
-    values, blocks = read_part(folder, "mtp", dtype=compute, progress=progress)
+    values, forms = read_part(folder, "mtp", dtype=compute, progress=progress)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     layers = stored_mtp_layers(folder)
-    head = abstract_mtp(config, layers, policy, kernels, blocks)
+    head = abstract_mtp(config, layers, policy, kernels, forms)
     for name, value in values.items():
-        if is_part_matrix(value.shape) and matrix_name(name) not in blocks:
+        if is_part_matrix(value.shape) and matrix_name(name) not in forms:
             values[name] = value.astype(policy.matrix)  # as wide or wider: exact
     return with_parameters(head, values)

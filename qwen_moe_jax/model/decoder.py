@@ -18,6 +18,7 @@ from qwen_moe_jax.formats.cache import (
     LookedAt,
     Placement,
 )
+from qwen_moe_jax.formats.codes import MatrixFormat
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.attention import GatedAttention
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
@@ -290,7 +291,7 @@ def abstract_decoder(
     ranks: Ranks = OneDevice(),  # noqa: B008  frozen
     *,
     fused: bool = False,
-    blocks: Mapping[str, tuple[int, int]] | None = None,
+    forms: Mapping[str, MatrixFormat] | None = None,
 ) -> Decoder:
     """A decoder whose parameters are shapes and dtypes only; arguments as `Decoder`'s.
 
@@ -298,27 +299,27 @@ def abstract_decoder(
 
     Args:
         config, dtypes, kernels, ranks, fused: as there.
-        blocks: canonical names of the matrices that are float8 with scales -> rows and columns of a block.
+        forms: canonical names of the matrices that are codes with scales -> their format.
     """
-    return abstract(lambda: Decoder(config, dtypes, kernels, ranks, fused=fused), dtypes, kernels, blocks)
+    return abstract(lambda: Decoder(config, dtypes, kernels, ranks, fused=fused), dtypes, kernels, forms)
 
 
 def abstract(
     build: Callable[[], Module],
     dtypes: DtypePolicy,
     kernels: Kernels,
-    blocks: Mapping[str, tuple[int, int]] | None,
+    forms: Mapping[str, MatrixFormat] | None,
 ) -> Module:
     """What `build` gives, of shapes and dtypes only; the rest as of `abstract_decoder`."""
 
     def declared() -> Module:
         module = build()
-        for name, block in (blocks or {}).items():
+        for name, form in (forms or {}).items():
             *path, attribute = name.split(".")
             holder: Any = module
             for step in path:
                 holder = holder[int(step)] if step.isdigit() else getattr(holder, step)
-            holder.scale_in_blocks(attribute, block, dtypes.matrix, kernels.widening)
+            holder.scale_in_blocks(attribute, form, dtypes.matrix, kernels.widening)
         return module
 
     return nnx.eval_shape(declared)

@@ -22,6 +22,7 @@ from flax import nnx
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.formats.cache import HybridCache, KVCache, empty_cache
+from qwen_moe_jax.formats.codes import MatrixFormat
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, DecoderLayer, abstract, step_after, with_parameters
 from qwen_moe_jax.model.linear import linear
@@ -142,17 +143,17 @@ def abstract_mtp(
     layers: int,
     dtypes: DtypePolicy,
     kernels: Kernels,
-    blocks: Mapping[str, tuple[int, int]] | None = None,
+    forms: Mapping[str, MatrixFormat] | None = None,
     ranks: Ranks = OneDevice(),  # noqa: B008  frozen
     *,
     fused: bool = False,
 ) -> MtpHead:
     """A head whose parameters are shapes and dtypes only, for `with_parameters`.
 
-    Arguments as `MtpHead`'s, and blocks as of `abstract_decoder`.
+    Arguments as `MtpHead`'s, and forms as of `abstract_decoder`.
     """
     return abstract(
-        lambda: MtpHead(config, layers, dtypes, kernels, ranks, fused=fused), dtypes, kernels, blocks
+        lambda: MtpHead(config, layers, dtypes, kernels, ranks, fused=fused), dtypes, kernels, forms
     )
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.formats.codes import MatrixFormat
 
 _FLOAT32 = jnp.dtype(jnp.float32)
-_FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +39,39 @@ def declare(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
 
 
 class MatrixHolder(nnx.Module):
-    """Holds matrices, each as one array or, in float8, as values and the scales of their blocks.
+    """Holds matrices, each as one array or as codes with the scales, and zero points, of their blocks.
 
-    The scales are called as in a checkpoint, `_scale_inv` behind the name of the values.
+    Behind the name of the codes, scales are called `_scale_inv`, as in FP8 checkpoints, and zero points
+    `_zero_point`.
     """
 
-    def scale_in_blocks(self, name: str, block: tuple[int, int], dtype: jnp.dtype, widening: str) -> None:
-        """Redeclares a matrix as float8 with block scales, to be multiplied out in `dtype`.
+    def scale_in_blocks(self, name: str, form: MatrixFormat, dtype: jnp.dtype, widening: str) -> None:
+        """Redeclares a matrix as codes with block scales, to be multiplied out in `dtype`.
 
         Args:
             name: of the attribute.
-            block: rows and columns of a scale.
+            form: of the codes, scales and zero points.
             dtype: what products hold the matrix in.
             widening: how XLA widens float8 here, as of `BlockScaled`.
         """
-        *stack, rows, columns = getattr(self, name)[...].shape
-        scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
-        setattr(self, name, declare(tuple(getattr(self, name)[...].shape), _FLOAT8))
-        setattr(self, f"{name}_scale_inv", declare(scales, _FLOAT32))
-        setattr(self, f"{name}_block", (*block, dtype.name, widening))
+        shape = tuple(getattr(self, name)[...].shape)
+        scales = form.scales_shape(shape)
+        setattr(self, name, declare(form.values_shape(shape), form.of_codes.dtype))
+        setattr(self, f"{name}_scale_inv", declare(scales, jnp.dtype(form.scale_dtype)))
+        if form.zeros:
+            setattr(self, f"{name}_zero_point", declare(scales, jnp.dtype(jnp.uint8)))
+        setattr(self, f"{name}_form", (form, dtype.name, widening))
 
     def matrix(self, name: str = "weight") -> Matrix:
         """What a product takes."""
         values: Any = getattr(self, name)[...]
-        scales: Any = getattr(self, f"{name}_scale_inv", None)
-        if scales is None:
+        held = getattr(self, f"{name}_form", None)
+        if held is None:
             return values
-        rows, columns, dtype, widening = getattr(self, f"{name}_block")
-        return BlockScaled(values, scales[...], (rows, columns), jnp.dtype(dtype), widening)
+        form, dtype, widening = held
+        scales: Any = getattr(self, f"{name}_scale_inv")[...]
+        zeros: Any = getattr(self, f"{name}_zero_point")[...] if form.zeros else None
+        return BlockScaled(values, scales, form.block, jnp.dtype(dtype), widening, form.codes, zeros)
 
 
 class Weight(MatrixHolder):

@@ -282,7 +282,7 @@ def layout_decoder(layout: Layout, policy: DtypePolicy, kernels: Kernels) -> Dec
         kernels,
         layout.ranks(),
         fused=layout.shared_expert == "fused",
-        blocks=layout.blocks,
+        forms=layout.forms,
     )
 
 
@@ -296,7 +296,7 @@ def layout_drafter(
         layers: `mtp_num_hidden_layers` of config.json.
         layout, policy, kernels: of the model.
     """
-    targets, blocks = layout.part_targets(mtp_shapes(layout.config, layers), policy)
+    targets, forms = layout.part_targets(mtp_shapes(layout.config, layers), policy)
     fused = layout.shared_expert == "fused"
-    head = abstract_mtp(layout.config, layers, policy, kernels, blocks, layout.ranks(), fused=fused)
+    head = abstract_mtp(layout.config, layers, policy, kernels, forms, layout.ranks(), fused=fused)
     return head, targets

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, matrix_name, parameter_shapes, scale_name
-from qwen_moe_jax.checkpoint.scale_targets import Blocks, with_scales
+from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
@@ -235,14 +235,14 @@ class Layout:
         return self.part_targets(parameter_shapes(self.config), policy)[0]
 
     @property
-    def blocks(self) -> Blocks:
-        """What a scale of each float8 matrix is held for."""
+    def forms(self) -> Forms:
+        """How each matrix of codes is held."""
         return self.part_targets(parameter_shapes(self.config), DtypePolicy(compute=_ANY, matrix=_ANY))[1]
 
     def part_targets(
         self, shapes: Mapping[str, tuple[int, ...]], policy: DtypePolicy
-    ) -> tuple[dict[str, Target], Blocks]:
-        """As `targets` and `blocks`, of another set of parameters: decoder layers, and what is the same on
+    ) -> tuple[dict[str, Target], Forms]:
+        """As `targets` and `forms`, of another set of parameters: decoder layers, and what is the same on
         every rank.
 
         Args:

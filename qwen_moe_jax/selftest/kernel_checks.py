@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qwen_moe_jax.formats.block_scaled import BlockScaled, widened
+from qwen_moe_jax.formats.block_scaled import BlockScaled
 from qwen_moe_jax.formats.cache import PAGE, pages_for
+from qwen_moe_jax.formats.codes import widened
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, float8_matmul

@@ -20,7 +20,8 @@ from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import is_block_scaled, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
-from qwen_moe_jax.formats.block_scaled import BlockScaled, widened
+from qwen_moe_jax.formats.block_scaled import BlockScaled
+from qwen_moe_jax.formats.codes import widened
 from qwen_moe_jax.kernels.table import Kernels
 
 # (seed, sizes, dtype of the scales): whole blocks, ragged ones, matrices smaller than a block
@@ -158,12 +159,12 @@ def test_every_device_holds_the_numbers_of_its_slice(ragged, sizes, shared, opti
     """What a device holds, multiplied out, is its slice of the products bit by bit: no scale is misplaced."""
     model = on_mesh(ragged.float8, sizes, shared, options)
     plain = on_mesh(ragged.plain, sizes, shared, options)
-    blocks = model.layout.blocks
-    assert blocks.keys() == {name for name in plain._parameters if is_block_scaled(name)}
+    forms = model.layout.forms
+    assert forms.keys() == {name for name in plain._parameters if is_block_scaled(name)}
     checked = 0
     for name, wanted in plain._parameters.items():
         found = model._parameters[name]
-        if name not in blocks:
+        if name not in forms:
             np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), name)
             continue
         assert found.dtype == jnp.float8_e4m3fn
@@ -175,11 +176,11 @@ def test_every_device_holds_the_numbers_of_its_slice(ragged, sizes, shared, opti
         )
         for values, scales, product in parts:
             held = np.asarray(values.data).astype(np.float32)
-            whole = np.asarray(scales.data).repeat(blocks[name][0], -2).repeat(blocks[name][1], -1)
+            whole = np.asarray(scales.data).repeat(forms[name].block[0], -2).repeat(forms[name].block[1], -1)
             held *= whole[..., : held.shape[-2], : held.shape[-1]]
             np.testing.assert_array_equal(held, np.asarray(product.data), name)
             checked += 1
-    assert checked >= len(blocks) * model.layout.mesh.size
+    assert checked >= len(forms) * model.layout.mesh.size
 
 
 @pytest.mark.parametrize(("sizes", "shared", "options"), LAYOUTS[:5])
