@@ -37,19 +37,18 @@ def load_here(folder: Path, expert: int, tensor: int, held: str, touch: bool) ->
 
     jax.config.update("jax_num_cpu_devices", expert * tensor)
     from qwen_moe_jax import make_mesh
-    from qwen_moe_jax.checkpoint.layout import parameter_shapes
+    from qwen_moe_jax.checkpoint.layout import parameter_forms, parameter_shapes, text_keys
     from qwen_moe_jax.checkpoint.orbax import is_orbax, read_orbax_targets
     from qwen_moe_jax.checkpoint.reader import read_targets
-    from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.checkpoint.stored_config import read_config
     from qwen_moe_jax.model.params import DtypePolicy
     from qwen_moe_jax.parallel.layout import Layout
 
-    config = ModelConfig.from_file(folder)
+    config = read_config(folder)
     layout = Layout(config, make_mesh(1, expert, tensor))
     policy = DtypePolicy(compute=jnp.dtype(held), matrix=jnp.dtype(held), vector=jnp.dtype(held))
     targets, shapes = layout.targets(policy), parameter_shapes(config)
     jnp.zeros(1).block_until_ready()
-    read_folder = read_orbax_targets if is_orbax(folder) else read_targets
     if touch:
         rows = np.empty(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()), np.uint8)
         rows[:: mmap.PAGESIZE] = 1
@@ -64,7 +63,10 @@ def load_here(folder: Path, expert: int, tensor: int, held: str, touch: bool) ->
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    arrays, report = read_folder(folder, targets, shapes)
+    if is_orbax(folder):
+        arrays, report = read_orbax_targets(folder, targets, shapes, parameter_forms(config))
+    else:
+        arrays, report = read_targets(folder, targets, shapes, keys=text_keys(config))
     jax.block_until_ready(list(arrays.values()))
     seconds = time.perf_counter() - start
     done.set()

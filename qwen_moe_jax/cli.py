@@ -6,9 +6,11 @@ layout that disagrees with one device is exit status 1.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from qwen_moe_jax.aot.commands import add_commands, kernels_asked
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.command_line import Parser, layout_options, load_model, mesh_of, say
 from qwen_moe_jax.errors import InputError, QwenMoeError
 from qwen_moe_jax.selftest import add_command as add_selftest
@@ -129,11 +131,24 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "quantize",
         parents=[common],
-        help="write a checkpoint in FP8 with block scales",
+        help="write a checkpoint in few bits: fp8, int8, int4 or mxfp4",
     )
     command.add_argument("source", help="checkpoint folder or hub id, float32 or bfloat16")
     command.add_argument("destination", help="folder to write")
+    command.add_argument(
+        "--format", default="fp8", help="fp8 (blocks of 128 x 128, the default), int8, int4 or mxfp4"
+    )
+    command.add_argument(
+        "--experts-only", action="store_true", help="of the layers' matrices the routed experts' alone"
+    )
+    command.add_argument(
+        "--group-size", type=int, help="columns that share a scale, of int8 and int4 (default 128)"
+    )
     command.add_argument("--scales", default="bfloat16", help="dtype of the scales: bfloat16 or float32")
+    command.add_argument(
+        "--problems", type=int, default=0, help="so many word problems, answered before and after"
+    )
+    command.add_argument("--text", help="a text file, whose perplexity is given before and after")
     command.set_defaults(run=_quantize)
     add_selftest(commands, common)
     add_commands(commands, common, sizes)
@@ -184,7 +199,6 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> int:
 
-    from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.generation.compile_cache import enable_compilation_cache
     from qwen_moe_jax.generation.loading import compute_dtype, resolve_folder
     from qwen_moe_jax.kernels.table import make_kernels
@@ -193,7 +207,7 @@ def _check(options: argparse.Namespace) -> int:
     from qwen_moe_jax.parallel.choose import choose_layout
 
     folder = resolve_folder(options.path)
-    config = ModelConfig.from_file(folder)
+    config = read_config(folder)
     compute = compute_dtype(options.dtype, folder, config)
     enable_compilation_cache(None if options.no_compilation_cache else "auto")
     mesh = mesh_of(options)
@@ -233,14 +247,47 @@ def _quantize(options: argparse.Namespace) -> None:
     from qwen_moe_jax.checkpoint.inspect import size_in_words
     from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
     from qwen_moe_jax.generation.loading import resolve_folder
+    from qwen_moe_jax.schemes.presets import preset
 
+    quantization = preset(options.format, experts_only=options.experts_only, group=options.group_size)
+    text = None if options.text is None else _text_of(options.text)
+    if options.problems < 0:
+        raise InputError(f"--problems is {options.problems}; expected 0 or more.")
     source = resolve_folder(options.source)
     report = quantize_checkpoint(
-        source, options.destination, scale_dtype=options.scales, progress=sys.stderr.isatty()
+        source,
+        options.destination,
+        quantization=quantization,
+        scale_dtype=options.scales,
+        progress=sys.stderr.isatty(),
     )
     _print_left_out(report.skipped)
     before, after = size_in_words(report.source_bytes), size_in_words(report.written_bytes)
     print(f"wrote {options.destination}: {before} became {after}")
+    if options.problems or text is not None:
+        for name, folder in (("before", source), ("after", Path(options.destination))):
+            for line in _quality(folder, options.problems, text):
+                print(f"{name}: {line}")
+
+
+def _text_of(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text is {file!r}, which cannot be read as UTF-8 text ({error}).") from None
+
+
+def _quality(folder: Path, count: int, text: str | None) -> Iterator[str]:
+    """What can be said of a checkpoint's replies, line by line."""
+    from qwen_moe_jax.evaluation.evaluate import evaluate
+    from qwen_moe_jax.evaluation.word_problems import held_out
+    from qwen_moe_jax.generation.api import QwenMoe
+
+    model = QwenMoe.from_pretrained(folder)
+    if count:
+        yield f"accuracy on word problems {evaluate(model, held_out(count, seed=0))}"
+    if text is not None:
+        yield f"perplexity {model.perplexity(text):.4f}"
 
 
 if __name__ == "__main__":

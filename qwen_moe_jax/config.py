@@ -6,6 +6,7 @@ nothing is guessed from a similar one.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from qwen_moe_jax.errors import CheckpointNotFoundError, ConfigError
 from qwen_moe_jax.json_files import read_json_object
+from qwen_moe_jax.schemes.read import read_quantization
+from qwen_moe_jax.schemes.scheme import Quantization
 
 LINEAR_ATTENTION = "linear_attention"
 FULL_ATTENTION = "full_attention"
@@ -91,8 +94,8 @@ class ModelConfig:
 
     Sizes count elements, heads, experts, layers or tokens, as named. `layer_types` has one entry a layer,
     "linear_attention" (Gated DeltaNet) or "full_attention". `dtype` is the checkpoint's own, "float32" or
-    "bfloat16", or None if config.json does not say. `float8` says that the layers' matrices are stored in
-    float8_e4m3fn with a scale for each block of 128 x 128. `eos_token_ids` are all ids that end a text.
+    "bfloat16", or None if config.json does not say. `quantization` says which matrices are stored in few
+    bits, and how; None for none. `eos_token_ids` are all ids that end a text.
     """
 
     vocab_size: int
@@ -119,7 +122,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
-    float8: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check_consistency(self)
@@ -227,18 +230,10 @@ class ModelConfig:
         }
         if self.dtype is not None:
             out["dtype"] = self.dtype
-        if self.float8:
-            out["quantization_config"] = dict(_FLOAT8)
+        if self.quantization is not None:
+            out["quantization_config"] = json.loads(self.quantization.source)
         return out
 
-
-# The one kind of quantisation, as config.json describes it.
-_FLOAT8 = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
-}
 
 _YARN_KEYS = (
     "factor",
@@ -289,23 +284,8 @@ def _from_text_dict(text: Mapping[str, Any]) -> ModelConfig:
         bos_token_id=text.get("bos_token_id"),
         pad_token_id=text.get("pad_token_id"),
         dtype=dtype,
-        float8=_float8(text.get("quantization_config")),
+        quantization=read_quantization(text.get("quantization_config")),
     )
-
-
-def _float8(quantization: Any) -> bool:
-    """Whether matrices are in float8 with block scales, the one kind of quantisation that is implemented."""
-    if not quantization:
-        return False
-    if not isinstance(quantization, Mapping):
-        raise ConfigError(f"quantization_config is {quantization!r}; expected an object.")
-    for key, implemented in _FLOAT8.items():
-        value = quantization.get(key)
-        if value != implemented and (value is not None or key == "quant_method"):
-            raise ConfigError(
-                f"quantization_config has {key} {value!r}; only {implemented!r} is implemented."
-            )
-    return True
 
 
 def _is_int(value: Any) -> bool:

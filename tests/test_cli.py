@@ -229,6 +229,7 @@ def test_eval_of_the_trained_checkpoint_prints_a_high_accuracy_and_every_mistake
     assert right >= 0.75 * total
 
 
+@pytest.mark.slow
 def test_generate_on_a_mesh_prints_what_one_device_does(checkpoint, reference, capsys):
     mesh = [
         "--expert",

@@ -17,7 +17,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 SAME_NAME = [
     field.name
     for field in dataclasses.fields(ModelConfig)
-    if field.name not in ("rope", "layer_types", "eos_token_ids", "dtype", "float8")
+    if field.name not in ("rope", "layer_types", "eos_token_ids", "dtype", "quantization")
 ]
 
 
@@ -161,8 +161,8 @@ def test_derived_widths():
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype is 'bfloat16'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "'exl2'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "bits None"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"torch_dtype": "float64"}, "dtype is 'float64'"),
         ({"layer_types": ["linear_attention"] * 39 + ["sliding_attention"]}, "'sliding_attention'"),

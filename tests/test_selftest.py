@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.problems import load, reference_generate
 from support.rocm import rocm  # noqa: F401
+from support.slow import some
 
 from qwen_moe_jax.aot import toolchain
 from qwen_moe_jax.devices import find_device
@@ -169,7 +170,7 @@ BREAKABLE = {
 }
 
 
-@pytest.mark.parametrize("kernel", BREAKABLE)
+@pytest.mark.parametrize("kernel", some(BREAKABLE, lambda i: i == 0))
 def test_a_kernel_that_is_a_little_wrong_is_failed(kernel, monkeypatch):
     module, name, check = BREAKABLE[kernel]
     monkeypatch.setattr(module, name, _wrong(getattr(module, name)))

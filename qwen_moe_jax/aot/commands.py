@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.schemes.presets import DTYPES, dtype_of
 
-_DTYPES = {"bf16": False, "bfloat16": False, "fp8": True, "float8": True}
+_SHORT = {"bf16": "bfloat16", "fp8": "float8"}
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse.ArgumentParser) -> None:
@@ -88,15 +89,16 @@ def _config(options: argparse.Namespace) -> Any:
 
     if options.dtype is None:
         return find_config(options.model)
-    if options.dtype not in _DTYPES:
-        raise InputError(f"--dtype is {options.dtype!r}; expected bf16 or fp8.")
-    config = find_config(options.model, float8=_DTYPES[options.dtype])
-    if config.float8 and not _DTYPES[options.dtype]:
+    dtype = _SHORT.get(options.dtype, options.dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {options.dtype!r}; expected {', '.join(('bf16', 'fp8', *DTYPES))}.")
+    quantization = find_config(options.model).quantization
+    if quantization is not None and dtype != dtype_of(quantization):
         raise InputError(
-            f"--dtype is {options.dtype}, and {options.model} is an FP8 checkpoint, which is held in float8; "
-            "leave --dtype out, or give a bfloat16 checkpoint."
+            f"--dtype is {options.dtype}, and {options.model} is a checkpoint in {dtype_of(quantization)}, "
+            "which is held so; leave --dtype out, or give a bfloat16 checkpoint."
         )
-    return config
+    return find_config(options.model, dtype=None if quantization is not None else dtype)
 
 
 def _compile(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
 from qwen_moe_jax.parallel.mesh import make_mesh
+from qwen_moe_jax.schemes.presets import dtype_of
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -138,7 +139,7 @@ def compile_deployment(
         device=device,
         count=layout.mesh.size,
         layout=str(layout),
-        dtype="float8" if layout.config.float8 else "bfloat16",
+        dtype=dtype_of(layout.config.quantization),
         batch=deployment.batch,
         context=deployment.context,
         capacity=deployment.capacity,

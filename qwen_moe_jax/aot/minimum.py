@@ -17,7 +17,7 @@ from math import comb, prod
 from typing import Any
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale
+from qwen_moe_jax.checkpoint.layout import is_matrix, is_side
 from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.errors import InputError
@@ -204,8 +204,8 @@ def least_work(layout: Layout, policy: DtypePolicy, *, batch: int, tokens: int, 
 
     Args:
         layout: on a mesh, also one without devices or of one.
-        policy: dtypes of matrices, activations and caches; matrices that the configuration has in float8 are
-            that, with their scales.
+        policy: dtypes of matrices, activations and caches; matrices that the configuration has in few bits
+            are that, with their scales.
         batch: rows in the whole mesh.
         tokens: new ones a row; 1 is decode.
         context: tokens a row in the caches before them.
@@ -230,7 +230,7 @@ def roofline(
     Args:
         work: from `least_work`.
         device: of `devices.py`.
-        dtype: of the matrix products, a key of `device.peak_flops`. This library multiplies float8 matrices
+        dtype: of the matrix products, a key of `device.peak_flops`. This library multiplies matrices of codes
             out, so its products are bfloat16.
         collectives: from `collective_bytes`.
 
@@ -343,10 +343,12 @@ def _bytes(layout: Layout, policy: DtypePolicy, share: _Share, tokens: int, cont
 def _flops(layout: Layout, policy: DtypePolicy, share: _Share, tokens: int, context: int) -> dict[str, float]:
     config, splits = layout.config, layout.splits
     found: defaultdict[str, float] = defaultdict(float)
-    for name, shape, _ in _held(layout, policy):
+    forms = _one_of_each_kind(layout).forms
+    for name, held, _ in _held(layout, policy):
+        shape = forms[name].matrix_shape(held) if name in forms else held
         if name == _EMBEDDING:
             found["lm_head"] += 2 * share.rows * prod(shape) if config.tie_word_embeddings else 0
-        elif ".mlp.experts." in name and not is_scale(name):
+        elif ".mlp.experts." in name and not is_side(name):
             found["routed experts"] += 2 * share.slots * prod(shape[1:])
             if layout.shared_expert == "fused":
                 found["shared expert"] += 2 * share.shared * prod(shape[1:])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qwen_moe_jax.aot.drafting import DraftEstimate, draft_estimates
 from qwen_moe_jax.aot.minimum import Roofline, collective_bytes, least_work, roofline
 from qwen_moe_jax.checkpoint.inspect import size_in_words
-from qwen_moe_jax.checkpoint.layout import count_parameters, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import count_parameters, parameter_forms, parameter_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.engine.drafting import check_drafts
@@ -24,9 +24,9 @@ from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import USABLE, holding
 from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, abstract_mesh
+from qwen_moe_jax.schemes.presets import DTYPES, dtype_of, of_dtype
 
-DTYPES = ("bfloat16", "float8")
-# Of activations and caches, and of the matrices that are not float8.
+# Of activations and caches, and of the matrices that are not quantised.
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 _POLICY = DtypePolicy(compute=_BFLOAT16, matrix=_BFLOAT16)
 
@@ -83,12 +83,13 @@ class Plan:
         count: devices.
         batch: rows of the whole mesh.
         context: tokens of each row, with the one that the step gives.
-        dtype: "bfloat16" or "float8", of the layers' matrices in memory.
+        dtype: of the layers' matrices in memory, a key of `schemes.presets.DTYPES`.
         fitting: the best layouts that fit, those with the most tokens a second at best first.
         too_large: the best that do not, those with the largest batch first, then those with the least over.
         considered: how many layouts there are.
         fit: how many of them fit.
         drafts: of the best layout that fits, what 1, 2, ... drafts a row and step give; () without drafts.
+        formats: of the best layout, dtype of the layers' matrices -> what it would be with that.
     """
 
     parameters: int
@@ -102,13 +103,15 @@ class Plan:
     considered: int
     fit: int
     drafts: tuple[DraftEstimate, ...] = ()
+    formats: dict[str, Option] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it; of the device its name."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         options = {name: [option.to_dict() for option in found[name]] for name in ("fitting", "too_large")}
         drafts = [dataclasses.asdict(one) for one in self.drafts]
-        return found | options | {"device": self.device.name, "drafts": drafts}
+        formats = {dtype: option.to_dict() for dtype, option in self.formats.items()}
+        return found | options | {"device": self.device.name, "drafts": drafts, "formats": formats}
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -132,6 +135,8 @@ class Plan:
                 "A step is of decode, with even routing. These are bounds: a real program takes longer, and "
                 "each collective takes its time to begin.",
             ]
+        if self.formats:
+            lines += self._formats()
         if self.drafts:
             lines += self._drafts()
         if self.too_large:
@@ -141,6 +146,19 @@ class Plan:
                 *(f"{_columns(option)}{size_in_words(option.over):>11}" for option in self.too_large),
             ]
         return "\n".join([*lines, self._memory()])
+
+    def _formats(self) -> list[str]:
+        lines = [
+            "The first layout by format of the layers' matrices (int4 and mxfp4: the routed experts'):",
+            f"{'format':<10}{'weights':>11}{'largest batch':>15}{'step':>11}{'tokens/s':>10}",
+        ]
+        for dtype, option in self.formats.items():
+            step, rate = option.roofline.seconds, option.roofline.tokens_per_second
+            lines.append(
+                f"{dtype:<10}{size_in_words(option.weights):>11}{option.largest_batch:>15,}"
+                f"{_milliseconds(step):>11}{rate:>10,.0f}" + ("" if option.fits else "  does not fit")
+            )
+        return lines
 
     def _drafts(self) -> list[str]:
         plain = self.fitting[0].roofline
@@ -172,7 +190,7 @@ class Plan:
             return f"{said} The batch is too large for every layout: give a smaller one, or more devices."
         return (
             f"{said} The weights and a single sequence are too large for every layout: give more devices"
-            + ("." if self.dtype == "float8" else ", or float8.")
+            + (", or float8 or mxfp4." if self.dtype == "bfloat16" else ".")
         )
 
 
@@ -215,7 +233,8 @@ def plan(
         count: devices, all of which are used.
         batch: rows that are decoded together.
         context: tokens of each row, with the one that a step gives; caches have room for exactly those.
-        dtype: "bfloat16" or "float8", of the layers' matrices; None means as the configuration says.
+        dtype: of the layers' matrices, a key of `schemes.presets.DTYPES`; None means as the configuration
+            says.
         shared_expert: as of `Layout`. "sharded" reads and holds the least.
         draft_tokens: with multi-token prediction of one layer, and estimates of 1 to so many drafts a step.
         top: how many layouts that fit, and how many that do not, are given.
@@ -223,9 +242,8 @@ def plan(
     Raises:
         InputError: a number or dtype that is none, or a context that the model does not have.
     """
-    dtype = ("float8" if config.float8 else "bfloat16") if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+    quantization = config.quantization if dtype is None else of_dtype(dtype)
+    dtype = dtype_of(quantization) if dtype is None else dtype
     for name, number in (("count", count), ("batch", batch), ("context", context), ("top", top)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"{name} is {number!r}; expected a positive integer.")
@@ -234,7 +252,7 @@ def plan(
             f"context is {context}; expected at most the model's {config.max_position_embeddings} tokens."
         )
     check_drafts(draft_tokens)
-    config = dataclasses.replace(config, float8=dtype == "float8")
+    config = dataclasses.replace(config, quantization=quantization)
     layouts = list(_layouts(config, count, shared_expert))
     options = [_option(layout, device, batch, context, drafter=bool(draft_tokens)) for layout in layouts]
     fitting = [option for option in options if option.fits]
@@ -245,11 +263,21 @@ def plan(
         key=lambda option: (-option.largest_batch, option.over),
     )
     drafts: tuple[DraftEstimate, ...] = ()
-    if fitting and draft_tokens:
+    formats: dict[str, Option] = {}
+    if fitting:
         best = next(one for one, option in zip(layouts, options, strict=True) if option is fitting[0])
+        for each in DTYPES:
+            other = dataclasses.replace(config, quantization=of_dtype(each))
+            layout = dataclasses.replace(best, config=other)
+            formats[each] = (
+                fitting[0]
+                if each == dtype
+                else _option(layout, device, batch, context, drafter=bool(draft_tokens))
+            )
+    if fitting and draft_tokens:
         drafts = draft_estimates(best, _POLICY, device, batch=batch, context=context - 1, most=draft_tokens)
     return Plan(
-        parameters=count_parameters(parameter_shapes(config)),
+        parameters=count_parameters(parameter_shapes(config), parameter_forms(config)),
         device=device,
         count=count,
         batch=batch,
@@ -260,6 +288,7 @@ def plan(
         considered=len(options),
         fit=len(fitting),
         drafts=drafts,
+        formats=formats,
     )
 
 

@@ -8,6 +8,7 @@ A conversion that was killed goes on where it was when it is started again.
 import dataclasses
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import is_matrix
+from qwen_moe_jax.checkpoint.layout import is_matrix, matrix_name, stored_dtype
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,
@@ -26,13 +27,22 @@ from qwen_moe_jax.checkpoint.orbax_folder import (
     refuse_unfinished,
     write_group,
 )
+from qwen_moe_jax.checkpoint.packing import PackedTensor
+from qwen_moe_jax.checkpoint.packing_checks import check_packing
 from qwen_moe_jax.checkpoint.parts import whole_source
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
 from qwen_moe_jax.checkpoint.reader import Source, read_source, source_dtype
 from qwen_moe_jax.checkpoint.safetensors_files import StoredTensor, abbreviate
-from qwen_moe_jax.checkpoint.writer import ORBAX_FOLDER, ORBAX_PART, require_new_folder, write_side_files
+from qwen_moe_jax.checkpoint.stored_config import read_config
+from qwen_moe_jax.checkpoint.writer import (
+    ORBAX_FOLDER,
+    ORBAX_PART,
+    require_new_folder,
+    write_side_files,
+)
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.formats.codes import MatrixFormat
 
 # Bytes of each tensor that tell a checkpoint from another one of the same model.
 _SAMPLE = 1024
@@ -75,12 +85,19 @@ def convert_checkpoint(
     """
     source, destination = Path(source), Path(destination)
     refuse_unfinished(source)
-    config = ModelConfig.from_file(source)
+    config = read_config(source)
     if is_orbax(source):
         raise CheckpointError(f"{source} is in Orbax layout already; give a Hugging Face checkpoint.")
     found = whole_source(source, config)
+    check_packing(source, found.checks)
     shapes, sources = found.shapes, found.sources
-    dtypes = {name: source_dtype(tensors) for name, tensors in sources.items()}
+    forms = found.forms
+    dtypes = {
+        name: stored_dtype(name, forms, np.dtype(np.float32))
+        if matrix_name(name) in forms
+        else source_dtype(tensors)
+        for name, tensors in sources.items()
+    }
     sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     groups = groups_of(shapes)
     identity = _identity(source, sources)
@@ -110,7 +127,9 @@ def convert_checkpoint(
                 bar.update(sizes[name])
             write_group(part, group, arrays, dtypes)
             del arrays  # before the next ones are allocated
-    write_side_files(destination, config, _model_dtype(dtypes, sizes), source, mtp_layers=found.mtp_layers)
+    write_side_files(
+        destination, config, _model_dtype(dtypes, sizes, forms), source, mtp_layers=found.mtp_layers
+    )
     finish(destination)
     return ConvertReport(config, total, kept, found.skipped)
 
@@ -137,7 +156,7 @@ def _identity(folder: Path, sources: dict[str, Source]) -> dict[str, Any]:
     Two trainings of one model have equal names, shapes and sizes; their values differ nearly everywhere. The
     folder is kept to be named, and may change.
     """
-    by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
+    by_file: dict[Path, list[StoredTensor | PackedTensor]] = defaultdict(list)
     for tensors in sources.values():
         for _, tensor in tensors:
             by_file[tensor.file].append(tensor)
@@ -146,7 +165,7 @@ def _identity(folder: Path, sources: dict[str, Source]) -> dict[str, Any]:
     return {"folder": str(folder.resolve()), "files": files, "config": config}
 
 
-def _digest(file: Path, tensors: list[StoredTensor]) -> str:
+def _digest(file: Path, tensors: list[StoredTensor | PackedTensor]) -> str:
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as stream:
         for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
@@ -172,10 +191,12 @@ def _check_same(destination: Path, source: Path, identity: dict[str, Any]) -> No
         )
 
 
-def _model_dtype(dtypes: dict[str, np.dtype], sizes: dict[str, int]) -> np.dtype:
+def _model_dtype(
+    dtypes: dict[str, np.dtype], sizes: dict[str, int], forms: Mapping[str, MatrixFormat]
+) -> np.dtype:
     """The dtype that most of the matrices' bytes have, of those that a model computes in."""
     weight: dict[np.dtype, int] = defaultdict(int)
     for name, dtype in dtypes.items():
-        if is_matrix(name) and dtype.itemsize > 1:
+        if is_matrix(name) and name not in forms:
             weight[dtype] += sizes[name]
     return max(weight, key=lambda dtype: weight[dtype])

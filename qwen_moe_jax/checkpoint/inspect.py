@@ -6,18 +6,25 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
 from qwen_moe_jax.checkpoint.layout import (
     canonical_name,
-    is_matrix,
-    is_scale,
+    count_elements,
+    formats_in_words,
+    is_side,
+    parameter_forms,
     parameter_shapes,
-    scale_name,
     skipped_family,
+    stored_dtype,
+    text_keys,
 )
 from qwen_moe_jax.checkpoint.orbax import check_arrays, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.reader import match_tensors
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, stored_tensors
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
 
@@ -149,9 +156,11 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
     if context is not None and (not isinstance(context, int) or context < 1):
         raise InputError(f"context is {context!r}; expected a positive number of tokens.")
     refuse_unfinished(folder)
-    config = ModelConfig.from_file(folder)
-    shapes = parameter_shapes(config)
-    layout, stored, skipped = _stored(folder, shapes)
+    config = read_config(folder)
+    shapes, forms = parameter_shapes(config), parameter_forms(config)
+    layout, stored, skipped = _stored(folder, config, shapes)
+    counts = {n: count_elements(n, s, forms) for n, s in shapes.items() if not is_side(n)}
+    words = formats_in_words(config)
     full = config.layer_types.count(FULL_ATTENTION)
     linear = config.num_hidden_layers - full
     kv = 2 * full * config.num_key_value_heads * config.head_dim
@@ -162,18 +171,16 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
         folder=folder,
         config=config,
         layout=layout,
-        parameters=by_component({n: prod(s) for n, s in shapes.items() if not is_scale(n)}),
-        active_parameters=by_component(
-            {n: _active(config, n, s) for n, s in shapes.items() if not is_scale(n)}
-        ),
+        parameters=by_component(counts),
+        active_parameters=by_component({n: _active(config, n, count) for n, count in counts.items()}),
         stored_bytes=stored,
         skipped_bytes=skipped,
         loaded_bytes={
-            f"float8 and {dtype}" if config.float8 else dtype: sum(
-                prod(s) * (1 if scale_name(n) in shapes else size if is_matrix(n) else 4)
+            f"{words} and {dtype}" if words else dtype: sum(
+                prod(s) * stored_dtype(n, forms, np.dtype(jnp.dtype(dtype))).itemsize
                 for n, s in shapes.items()
             )
-            for dtype, size in itemsizes.items()
+            for dtype in itemsizes
         },
         kv_bytes_per_token={dtype: kv * size for dtype, size in itemsizes.items()},
         state_bytes=linear * config.linear_num_value_heads * head_state * 4,
@@ -190,30 +197,30 @@ def by_component(counts: Mapping[str, int]) -> dict[str, int]:
     return {component: total for component, total in sums.items() if total}
 
 
-def _active(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+def _active(config: ModelConfig, name: str, count: int) -> int:
     if ".mlp.experts." in name:
-        return prod(shape) // config.num_experts * config.num_experts_per_tok
+        return count // config.num_experts * config.num_experts_per_tok
     if name == "embed_tokens.weight" and not config.tie_word_embeddings:
         return config.hidden_size
-    return prod(shape)
+    return count
 
 
 def _stored(
-    folder: Path, shapes: dict[str, tuple[int, ...]]
+    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[str | None, dict[str, int], dict[str, int]]:
     """(layout, dtype -> bytes of the text model, skipped family -> bytes), checked against the shapes."""
     stored: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     if is_orbax(folder):
         arrays = stored_arrays(folder)
-        check_arrays(folder, arrays, shapes)
+        check_arrays(folder, arrays, shapes, parameter_forms(config))
         for array in arrays.values():
             stored[array.dtype.name] += array.size * array.dtype.itemsize
         return "Orbax", dict(stored), {}
     if not any(folder.glob("*.safetensors*")):
         return None, {}, {}
     tensors = stored_tensors(folder)
-    match_tensors(folder, tensors, shapes)
+    match_tensors(folder, tensors, shapes, text_keys(config))
     for key, tensor in tensors.items():
         if canonical_name(key) is not None:
             stored[READABLE_DTYPES[tensor.dtype].name] += tensor.nbytes

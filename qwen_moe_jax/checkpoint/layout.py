@@ -10,12 +10,16 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
 
-from qwen_moe_jax.checkpoint.block_scales import BLOCK, scale_shape
+import jax.numpy as jnp
+import numpy as np
+
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.formats.codes import CODES, MatrixFormat
+from qwen_moe_jax.schemes.scheme import Quantization, Scheme
 
 _MULTIMODAL_PREFIX = "model.language_model."
 _TEXT_PREFIX = "model."
@@ -24,25 +28,24 @@ _LM_HEAD = "lm_head.weight"
 # Parts that a checkpoint may hold beside the text model, and what their keys begin with (see `parts.py`).
 PART_PREFIXES = {"visual": "model.visual.", "mtp": "mtp."}
 
+# Behind the name of a matrix of codes, the names of its scales and of its zero points.
+_SCALE, _ZERO = "_scale_inv", "_zero_point"
+
 # Small, and read in float32: everything else is a matrix of a product or a lookup table.
-_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", "_scale_inv")
+_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", _SCALE, _ZERO)
 
-# Behind the name of a float8 matrix, the name of its scales, which it is to be multiplied with.
-_SCALE = "_scale_inv"
-
-# Matrices of the layers that FP8 checkpoints keep in their float dtype.
-_UNQUANTISED_ENDINGS = (
-    "mlp.gate.weight",
-    "mlp.shared_expert_gate.weight",
-    "linear_attn.in_proj_a.weight",
-    "linear_attn.in_proj_b.weight",
-)
+# Matrices that are never codes: those that decide between experts, and of one row.
+_NEVER_CODES = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter of the text model, in the order a token meets them.
 
-    `lm_head.weight` is absent when it is tied to the embedding. A matrix in float8 is followed by its scales.
+    `lm_head.weight` is absent when it is tied to the embedding. A matrix of codes has the shape of its packed
+    array, and is followed by its scales and zero points.
+
+    Raises:
+        ConfigError: matrices are quantised that this library holds whole.
     """
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
@@ -54,8 +57,86 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def layer_shapes(config: ModelConfig, layer: int, kind: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of a decoder layer's parameters, with scales; `kind` as in `layer_types`."""
+def layer_shapes(
+    config: ModelConfig, layer: int, kind: str, root: str = "model."
+) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of a decoder layer's parameters, as of `parameter_shapes`.
+
+    Args:
+        config: of the text model.
+        layer: its index.
+        kind: as in `layer_types`.
+        root: what the checkpoint's keys begin with, which the rules of a quantisation are about.
+    """
+    matrices = matrix_shapes(config, layer, kind)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in matrices.items():
+        form = matrix_form(config, name, shape, root)
+        shapes[name] = shape if form is None else form.values_shape(shape)
+        if form is not None:
+            shapes[scale_name(name)] = _blocks_shape(name, shape, form)
+            if form.zeros:
+                shapes[zero_name(name)] = _blocks_shape(name, shape, form)
+    return shapes
+
+
+def parameter_forms(config: ModelConfig) -> dict[str, MatrixFormat]:
+    """Canonical name -> format of every matrix of the text model that is stored as codes."""
+    found: dict[str, MatrixFormat] = {}
+    for layer, kind in enumerate(config.layer_types):
+        found |= layer_forms(config, layer, kind)
+    return found
+
+
+def layer_forms(config: ModelConfig, layer: int, kind: str, root: str = "model.") -> dict[str, MatrixFormat]:
+    """Canonical name -> format of a decoder layer's matrices of codes; arguments as of `layer_shapes`."""
+    shapes = matrix_shapes(config, layer, kind)
+    forms = {name: matrix_form(config, name, shape, root) for name, shape in shapes.items()}
+    return {name: form for name, form in forms.items() if form is not None}
+
+
+def matrix_form(
+    config: ModelConfig, name: str, shape: tuple[int, ...], root: str = "model."
+) -> MatrixFormat | None:
+    """The format of a matrix or stack [..., out, in] as it is stored; None if it is not quantised."""
+    scheme = matrix_scheme(config, name, root)
+    if scheme is None:
+        return None
+    rows, columns = scheme.group
+    block = (rows or shape[-2] // _halves(name), columns or shape[-1])
+    return MatrixFormat(scheme.codes, block, scheme.scale_dtype or config.dtype or "bfloat16", scheme.zeros)
+
+
+def matrix_scheme(config: ModelConfig, name: str, root: str = "model.") -> Scheme | None:
+    """How config.json says that a matrix is stored; None if it is not quantised, or no matrix."""
+    if config.quantization is None or not is_matrix(name) or not name.startswith("layers."):
+        return None
+    return _scheme(config.quantization, config.num_experts, name, root)
+
+
+@lru_cache(maxsize=1 << 14)
+def _scheme(quantization: Quantization, experts: int, name: str, root: str) -> Scheme | None:
+    looked_at = 1 if quantization.same_for_all_experts else experts
+    pieces = expert_pieces(name, (looked_at, 2, 1)) or [whole_piece(name, (1, 1))]
+    modules = [piece.name.removesuffix(".weight") for piece in pieces]
+    schemes = {quantization.scheme(module, root): module for module in modules}
+    if len(schemes) > 1:
+        one, other = list(schemes.items())[:2]
+        raise ConfigError(
+            f"quantization_config has {one[1]} as {one[0] or 'not quantised'} and {other[1]} as "
+            f"{other[0] or 'not quantised'}; the experts of a layer are held in one stack, in one format."
+        )
+    [found] = schemes
+    if found is not None and name.endswith(_NEVER_CODES):
+        raise ConfigError(
+            f"quantization_config quantises {modules[0]}, which this library holds whole; name it in the "
+            "list of what is not quantised."
+        )
+    return found
+
+
+def matrix_shapes(config: ModelConfig, layer: int, kind: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of a decoder layer's parameters as they would be unquantised."""
     hidden = config.hidden_size
     parts = {
         "input_layernorm.weight": (hidden,),
@@ -63,13 +144,7 @@ def layer_shapes(config: ModelConfig, layer: int, kind: str) -> dict[str, tuple[
         "post_attention_layernorm.weight": (hidden,),
         **_moe_shapes(config),
     }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part, shape in parts.items():
-        name = f"layers.{layer}.{part}"
-        shapes[name] = shape
-        if config.float8 and is_block_scaled(name):
-            shapes[scale_name(name)] = _scale_shape(name, shape)
-    return shapes
+    return {f"layers.{layer}.{part}": shape for part, shape in parts.items()}
 
 
 def _attention_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -143,42 +218,100 @@ class KeyMap:
         name: key -> canonical name, or None if there is none.
         key: canonical name -> the key that errors ask for.
         skipped: key -> the family of keys beside these that it belongs to, or None.
+        scheme: canonical name of a matrix -> how its codes are stored, or None.
     """
 
     name: Callable[[str], str | None]
     key: Callable[[str], str]
     skipped: Callable[[str], str | None]
+    scheme: Callable[[str], Scheme | None] = lambda name: None
 
 
 TEXT_KEYS = KeyMap(canonical_name, hf_key, skipped_family)
 
 
-def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many there are; scales are part of what is stored, and no parameters."""
-    return sum(prod(shape) for name, shape in shapes.items() if not is_scale(name))
+def text_keys(config: ModelConfig) -> KeyMap:
+    """The text model's keys, in the formats of its configuration."""
+    return dataclasses.replace(TEXT_KEYS, scheme=lambda name: matrix_scheme(config, name))
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, MatrixFormat]) -> int:
+    """How many there are; scales and zero points are part of what is stored, and no parameters.
+
+    Args:
+        shapes, forms: as of `parameter_shapes` and `parameter_forms`.
+    """
+    return sum(count_elements(name, shape, forms) for name, shape in shapes.items() if not is_side(name))
+
+
+def count_elements(name: str, shape: tuple[int, ...], forms: Mapping[str, MatrixFormat]) -> int:
+    """Of one parameter; of codes, how many there are."""
+    return prod(shape) * (forms[name].of_codes.packed if name in forms else 1)
+
+
+def stored_dtype(name: str, forms: Mapping[str, MatrixFormat], matrix: np.dtype) -> np.dtype:
+    """The dtype of a parameter as a checkpoint has it: of codes, scales and zero points their own.
+
+    Args:
+        name: canonical.
+        forms: as of `parameter_forms`.
+        matrix: of matrices that are no codes; what is no matrix is float32.
+    """
+    form = forms.get(matrix_name(name))
+    if form is None:
+        return matrix if is_matrix(name) else np.dtype(np.float32)
+    if name == scale_name(matrix_name(name)):
+        return np.dtype(jnp.dtype(form.scale_dtype))
+    return np.dtype(np.uint8) if is_side(name) else form.of_codes.dtype
 
 
 def scale_name(name: str) -> str:
-    """The parameter that a float8 matrix's scales are."""
+    """The parameter that the scales of a matrix of codes are."""
     return name + _SCALE
 
 
-def is_scale(name: str) -> bool:
-    """Whether a parameter is the scales of a matrix."""
-    return name.endswith(_SCALE)
+def zero_name(name: str) -> str:
+    """The parameter that the zero points of a matrix of codes are."""
+    return name + _ZERO
+
+
+def is_side(name: str) -> bool:
+    """Whether a parameter is the scales or the zero points of a matrix."""
+    return name.endswith((_SCALE, _ZERO))
 
 
 def matrix_name(name: str) -> str:
-    """The matrix that a parameter is the scales of, or the parameter itself."""
-    return name.removesuffix(_SCALE)
+    """The matrix that a parameter is the scales or zero points of, or the parameter itself."""
+    return name.removesuffix(_SCALE).removesuffix(_ZERO)
 
 
-def _scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A scale for each block; gate and up rows of an expert, matrices of their own, do not share any."""
+def _halves(name: str) -> int:
+    """Matrices behind one another in a stack's rows: gate and up rows of an expert do not share a scale."""
+    return 2 if name.endswith("gate_up_proj") else 1
+
+
+def _blocks_shape(name: str, shape: tuple[int, ...], form: MatrixFormat) -> tuple[int, ...]:
+    """Of the scales as they are stored."""
     *stack, rows, columns = shape
-    parts = 2 if name.endswith("gate_up_proj") else 1
-    down, across = scale_shape((rows // parts, columns))
-    return (*stack, parts * down, across)
+    down, across = form.scales_shape((rows // _halves(name), columns))
+    return (*stack, _halves(name) * down, across)
+
+
+def codes_a_byte(config: ModelConfig) -> int:
+    """The most that share one in any of the model's formats; 1 where none is of 4 bits."""
+    schemes = () if config.quantization is None else config.quantization.schemes()
+    return max((CODES[scheme.codes].packed for scheme in schemes), default=1)
+
+
+# Codes as people call them; floats of 4 bits by their scales.
+_WORDS = {"e4m3": "float8", "int8": "int8", "int4": "int4"}
+
+
+def formats_in_words(config: ModelConfig) -> str:
+    """What the layers' matrices of codes are in, "float8" or "int4, int8"; "" where there are none."""
+    forms = dict.fromkeys((form.codes, form.scale_dtype) for form in parameter_forms(config).values())
+    four = {"float8_e8m0fnu": "mxfp4"}
+    return ", ".join(dict.fromkeys(_WORDS.get(codes) or four.get(scales, "nvfp4") for codes, scales in forms))
 
 
 def is_matrix(name: str) -> bool:
@@ -187,38 +320,6 @@ def is_matrix(name: str) -> bool:
     The others (norms, convolution, A_log, dt_bias) are small and keep the precision of their file.
     """
     return not name.endswith(_VECTOR_ENDINGS)
-
-
-def is_block_scaled(name: str) -> bool:
-    """Whether published FP8 checkpoints hold a parameter in float8 with block scales."""
-    return name.startswith("layers.") and is_matrix(name) and not name.endswith(_UNQUANTISED_ENDINGS)
-
-
-def quantization_config(config: ModelConfig, *, mtp_layers: int = 0) -> dict[str, Any]:
-    """config.json's entry on a checkpoint in float8, as the published models have it: modules that stay as
-    they were are named one by one.
-
-    Args:
-        config: of the text model.
-        mtp_layers: layers of multi-token prediction in the checkpoint.
-    """
-    names = [hf_key(name) for name in parameter_shapes(config) if _stays_a_matrix(name)]
-    if mtp_layers:
-        mtp = ["fc.weight"]
-        for layer in range(mtp_layers):
-            mtp += filter(_stays_a_matrix, layer_shapes(config, layer, FULL_ATTENTION))
-        names += [PART_PREFIXES["mtp"] + name for name in mtp]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [name.removesuffix(".weight") for name in names],
-    }
-
-
-def _stays_a_matrix(name: str) -> bool:
-    return name.endswith(".weight") and not name.endswith("norm.weight") and not is_block_scaled(name)
 
 
 def differences(
@@ -268,7 +369,10 @@ def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     if ".experts." not in name:
         return []
     stack, projection = name.rsplit(".", 1)
-    projection, ending = projection.removesuffix(_SCALE), _SCALE if is_scale(name) else ""
+    ending = projection[len(matrix_name(projection)) :]
+    projection = matrix_name(projection)
+    if projection not in ("gate_up_proj", "down_proj"):
+        return []  # a matrix of one expert
     experts, out, width = shape
     parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
     part_shape = (out // len(parts), width)

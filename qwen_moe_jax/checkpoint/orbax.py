@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.block_scales import E4M3
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, differences, scale_name
+from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, differences, matrix_name, stored_dtype
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,
@@ -42,6 +41,7 @@ from qwen_moe_jax.checkpoint.writer import (
 )
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
+from qwen_moe_jax.formats.codes import MatrixFormat
 
 T = TypeVar("T")
 
@@ -108,13 +108,14 @@ def read_orbax(
     """
     targets = {name: whole(name, struct) for name, struct in expected.items()}
     shapes = {name: tuple(struct.shape) for name, struct in expected.items()}
-    return read_orbax_targets(folder, targets, shapes, progress=progress)[0]
+    return read_orbax_targets(folder, targets, shapes, {}, progress=progress)[0]
 
 
 def read_orbax_targets(
     folder: str | Path,
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
+    forms: Mapping[str, MatrixFormat],
     *,
     mtp: bool = False,
     progress: bool = False,
@@ -127,6 +128,7 @@ def read_orbax_targets(
         folder: as written by `save_orbax` or `convert_checkpoint`.
         targets: name -> what is held and what it is made of.
         shapes: canonical name -> shape of every parameter that the checkpoint has to hold.
+        forms: canonical name -> format of every matrix that it holds as codes.
         mtp: read multi-token prediction instead of the text model.
         progress: show a progress bar on standard error.
 
@@ -142,7 +144,7 @@ def read_orbax_targets(
     opened = _open_arrays(folder)
     arrays = _of_part(opened, mtp)
     stored = {name: _struct(array) for name, array in arrays.items()}
-    check_arrays(folder, stored, shapes)
+    check_arrays(folder, stored, shapes, forms)
     lock = threading.Lock()
     read_bytes = 0
     rounded: set[str] = set()
@@ -310,16 +312,18 @@ def _damaged(folder: Path, error: Exception) -> CheckpointError:
 
 
 def check_arrays(
-    folder: str | Path, stored: Mapping[str, jax.ShapeDtypeStruct], shapes: Mapping[str, tuple[int, ...]]
+    folder: str | Path,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: Mapping[str, tuple[int, ...]],
+    forms: Mapping[str, MatrixFormat],
 ) -> None:
     """Raises CheckpointError, naming everything, unless the arrays are those expected."""
     missing, unexpected, misshapen = differences({n: array.shape for n, array in stored.items()}, shapes)
     wrong = [f"{name} is {list(stored[name].shape)} instead of {list(shapes[name])}" for name in misshapen]
-    scaled = {name for name in shapes if scale_name(name) in shapes}
     other = [
         f"{name} is {array.dtype.name}"
         for name, array in stored.items()
-        if name in shapes and array.dtype not in ((E4M3,) if name in scaled else FLOATS)
+        if name in shapes and array.dtype not in _dtypes_of(name, forms)
     ]
     problems = [
         f"{what}: {abbreviate(found)}"
@@ -333,3 +337,8 @@ def check_arrays(
     ]
     if problems:
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(problems)}.")
+
+
+def _dtypes_of(name: str, forms: Mapping[str, MatrixFormat]) -> tuple[np.dtype, ...]:
+    """Dtypes that an array may have: of codes and their scales the format's own."""
+    return (stored_dtype(name, forms, FLOATS[0]),) if matrix_name(name) in forms else FLOATS

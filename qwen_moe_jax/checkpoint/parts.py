@@ -13,9 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, KeyMap, layer_shapes, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import (
+    PART_PREFIXES,
+    KeyMap,
+    layer_forms,
+    layer_shapes,
+    matrix_scheme,
+    parameter_forms,
+    parameter_shapes,
+    text_keys,
+)
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
+from qwen_moe_jax.checkpoint.packing_checks import Check
 from qwen_moe_jax.checkpoint.reader import (
     Source,
     check_tied_head,
@@ -26,6 +36,7 @@ from qwen_moe_jax.checkpoint.reader import (
 )
 from qwen_moe_jax.checkpoint.safetensors_files import stored_tensors
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.checkpoint.targets import Target, whole
 from qwen_moe_jax.checkpoint.writer import FLOATS
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
@@ -53,8 +64,16 @@ def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
         "fc.weight": (hidden, 2 * hidden),  # columns of the embedding, then of the hidden state
     }
     for layer in range(layers):
-        shapes |= layer_shapes(config, layer, FULL_ATTENTION)
+        shapes |= layer_shapes(config, layer, FULL_ATTENTION, PART_PREFIXES["mtp"])
     return {**shapes, "norm.weight": (hidden,)}
+
+
+def mtp_forms(config: ModelConfig, layers: int) -> Forms:
+    """Canonical name -> format of every matrix of multi-token prediction that is stored as codes."""
+    found: Forms = {}
+    for layer in range(layers):
+        found |= layer_forms(config, layer, FULL_ATTENTION, PART_PREFIXES["mtp"])
+    return found
 
 
 def visual_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
@@ -87,8 +106,12 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def part_keys(part: str) -> KeyMap:
+def part_keys(part: str, config: ModelConfig | None = None) -> KeyMap:
     """A part's keys; everything outside of it is skipped.
+
+    Args:
+        part: "mtp" or "visual".
+        config: of the text model, for the formats of the part's matrices; None where only names matter.
 
     Raises:
         InputError: no such part.
@@ -100,6 +123,7 @@ def part_keys(part: str) -> KeyMap:
         name=lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None,
         key=lambda name: prefix + name,
         skipped=lambda key: None if key.startswith(prefix) else "the rest",
+        scheme=lambda name: None if config is None else matrix_scheme(config, name, prefix),
     )
 
 
@@ -129,25 +153,34 @@ def read_part(
         InputError: no such part, or another dtype.
     """
     folder, keys = Path(folder), part_keys(part)
+    config = read_config(folder)
     requested = None if isinstance(dtype, str) and dtype == "auto" else float_dtype(dtype)
     if not holds_part(folder, part):
         raise CheckpointError(
             f"{folder} holds no {_WORDS[part]} (no key begins with {keys.key('')}); read it from the "
             "published checkpoint."
         )
-    shapes = part_shapes(folder, part)
+    shapes = part_shapes(folder, part, config)
+    forms = part_forms(folder, part, config)
     matrix = requested or _part_dtype(folder, keys)
     targets = {
-        name: whole(name, jax.ShapeDtypeStruct(shape, matrix if is_part_matrix(shape) else jnp.float32))
+        name: whole(
+            name,
+            jax.ShapeDtypeStruct(
+                forms[name].matrix_shape(shape) if name in forms else shape,
+                matrix if is_part_matrix(shape) else jnp.float32,
+            ),
+        )
         for name, shape in shapes.items()
     }
-    targets, granules = with_scales(targets, shapes)
-    return read_part_targets(folder, part, targets, shapes, progress=progress)[0], granules
+    targets, granules = with_scales(targets, shapes, forms)
+    return read_part_targets(folder, part, config, targets, shapes, progress=progress)[0], granules
 
 
 def read_part_targets(
     folder: Path,
     part: str,
+    config: ModelConfig,
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -159,9 +192,10 @@ def read_part_targets(
         CheckpointError: keys, shapes, dtypes or values do not fit.
     """
     if is_orbax(folder):
-        read, report = read_orbax_targets(folder, targets, shapes, mtp=True, progress=progress)
+        forms = part_forms(folder, part, config)
+        read, report = read_orbax_targets(folder, targets, shapes, forms, mtp=True, progress=progress)
     else:
-        read, report = read_targets(folder, targets, shapes, keys=part_keys(part), progress=progress)
+        read, report = read_targets(folder, targets, shapes, keys=part_keys(part, config), progress=progress)
     return read, report.read_bytes
 
 
@@ -194,12 +228,16 @@ class WholeSource:
         mtp_layers: layers of multi-token prediction; 0 where the checkpoint holds none or does not describe
             it.
         skipped: families of tensors that are left out -> tensors.
+        forms: name -> format of every matrix of codes.
+        checks: tensors that say again what is known.
     """
 
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, Source]
     mtp_layers: int
     skipped: dict[str, int]
+    forms: Forms
+    checks: tuple[Check, ...]
 
 
 def whole_source(folder: Path, config: ModelConfig) -> WholeSource:
@@ -210,17 +248,20 @@ def whole_source(folder: Path, config: ModelConfig) -> WholeSource:
         ConfigError: multi-token prediction that is not implemented.
     """
     shapes, tensors = parameter_shapes(config), stored_tensors(folder)
-    match = match_tensors(folder, tensors, shapes)
+    match = match_tensors(folder, tensors, shapes, text_keys(config))
     check_tied_head(folder, match)
     sources, skipped = dict(match.sources), dict(match.skipped)
+    forms, checks = parameter_forms(config), match.checks
     layers = stored_mtp_layers(folder) if "mtp" in skipped else 0
     if layers:
         prefix, mtp = PART_PREFIXES["mtp"], mtp_shapes(config, layers)
-        found = match_tensors(folder, tensors, mtp, part_keys("mtp")).sources
+        found = match_tensors(folder, tensors, mtp, part_keys("mtp", config))
         shapes |= {prefix + name: shape for name, shape in mtp.items()}
-        sources |= {prefix + name: tensors for name, tensors in found.items()}
+        sources |= {prefix + name: tensors for name, tensors in found.sources.items()}
+        forms |= {prefix + name: form for name, form in mtp_forms(config, layers).items()}
+        checks += found.checks
         del skipped["mtp"]
-    return WholeSource(shapes, sources, layers, skipped)
+    return WholeSource(shapes, sources, layers, skipped, forms, checks)
 
 
 def stored_mtp_layers(folder: str | Path) -> int:
@@ -238,14 +279,25 @@ def is_part_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1
 
 
-def part_shapes(folder: str | Path, part: str) -> dict[str, tuple[int, ...]]:
+def part_forms(folder: str | Path, part: str, config: ModelConfig) -> Forms:
+    """Canonical name -> format of a part's matrices of codes; arguments as of `part_shapes`."""
+    if part != "mtp":
+        return {}
+    return mtp_forms(config, mtp_layers(read_json_object(Path(folder) / "config.json", ConfigError)))
+
+
+def part_shapes(folder: str | Path, part: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of a part ("mtp" or "visual"), by the folder's config.json.
+
+    Args:
+        folder: of the checkpoint.
+        part: of it.
+        config: of the text model, as of `read_config`.
 
     Raises:
         CheckpointNotFoundError: no config.json.
         ConfigError: it does not describe the part, or contradicts itself.
     """
-    config = ModelConfig.from_file(folder)
     raw = read_json_object(Path(folder) / "config.json", ConfigError)
     if part == "mtp":
         return mtp_shapes(config, mtp_layers(raw))

@@ -1,8 +1,8 @@
-"""From a float checkpoint to one in FP8, file to file, in the layout of the published FP8 models.
+"""From a float checkpoint to one of few bits, file to file.
 
-Matrices of the layers, those of multi-token prediction included, become float8_e4m3fn with block scales, one
-tensor an expert; routers, gates, the two small projections of Gated DeltaNet, embedding, lm_head and what is
-no matrix stay as they are.
+FP8 is written as the published FP8 models have it, integers and MXFP4 as compressed-tensors does, one tensor
+an expert. Matrices of the layers become codes, those of multi-token prediction included; routers, gates, the
+two small projections of Gated DeltaNet, embedding, lm_head and what is no matrix stay as they are.
 One matrix is in memory at a time.
 """
 
@@ -16,19 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.block_scales import E4M3, quantize, scale_shape
+from qwen_moe_jax.checkpoint.block_scales import quantize
 from qwen_moe_jax.checkpoint.layout import (
     PART_PREFIXES,
     expert_pieces,
     hf_key,
-    is_block_scaled,
     is_matrix,
+    matrix_form,
+    matrix_scheme,
+    scale_name,
     whole_piece,
 )
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.parts import whole_source
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
 from qwen_moe_jax.checkpoint.reader import Source, read_source, source_dtype
+from qwen_moe_jax.checkpoint.rounding import round_integers, round_mxfp4
 from qwen_moe_jax.checkpoint.safetensors_files import abbreviate
 from qwen_moe_jax.checkpoint.targets import Box
 from qwen_moe_jax.checkpoint.writer import (
@@ -41,8 +44,11 @@ from qwen_moe_jax.checkpoint.writer import (
     write_index,
     write_side_files,
 )
+from qwen_moe_jax.checkpoint.written import Written, written_tensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.schemes.fp8 import FP8
+from qwen_moe_jax.schemes.scheme import Quantization, Scheme
 
 SCALE_DTYPES = {"bfloat16": np.dtype(jnp.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -67,37 +73,43 @@ class QuantizeReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
-    """A tensor to be written: a box of a parameter, as it is or as values and scales behind each other."""
+    """Tensors to be written: a box of a parameter, as it is or as codes, scales and what belongs to them.
+
+    Attributes:
+        key: of the parameter, or of the matrix of an expert.
+        name: of the parameter that it is a box of.
+        box: of that parameter.
+        shape: of the matrix.
+        dtype: of what stays as it is, and of scales.
+        entries: what it becomes in the file, behind one another.
+        scheme: of its codes, or None.
+    """
 
     key: str
     name: str
     box: Box
     shape: tuple[int, ...]
     dtype: np.dtype
-    scaled: bool
-
-    def entries(self, scale_dtype: np.dtype) -> list[Entry]:
-        """What it becomes in the file; values and scales stay together."""
-        if not self.scaled:
-            return [(self.key, self.dtype, self.shape)]
-        scales = scale_shape((self.shape[0], self.shape[1]))
-        return [(self.key, E4M3, self.shape), (f"{self.key}_scale_inv", scale_dtype, scales)]
+    entries: tuple[Entry, ...]
+    scheme: Scheme | None
 
 
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
     *,
+    quantization: Quantization = FP8,
     scale_dtype: str = "bfloat16",
     max_shard_bytes: int = 4 << 30,
     progress: bool = False,
 ) -> QuantizeReport:
-    """Writes an FP8 checkpoint; the last file to appear is config.json, without which it is none.
+    """Writes a quantised checkpoint; the last file to appear is config.json, without which it is none.
 
     Args:
         source: a float32 or bfloat16 checkpoint in Hugging Face layout.
         destination: a new or empty folder.
-        scale_dtype: "bfloat16", as published, or "float32".
+        quantization: what becomes codes, and of which kind; see `schemes.presets.preset`.
+        scale_dtype: "bfloat16", as published, or "float32"; MXFP4 has its own.
         max_shard_bytes: of a file; a tensor that is larger gets one of its own.
         progress: show a bar on standard error.
 
@@ -112,15 +124,23 @@ def quantize_checkpoint(
     config = ModelConfig.from_file(source)
     if is_orbax(source):
         raise CheckpointError(f"{source} is in Orbax layout; give the Hugging Face checkpoint it is from.")
-    if config.float8:
-        raise CheckpointError(f"{source} is in FP8 already; give a float32 or bfloat16 checkpoint.")
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{source} is quantised already ({config.quantization.method}); give a float32 or "
+            "bfloat16 checkpoint."
+        )
     whole = whole_source(source, config)
     sources = whole.sources
     scales = SCALE_DTYPES[scale_dtype]
-    outputs = [out for name, shape in whole.shapes.items() for out in _outputs(name, shape, sources[name])]
-    parts = into_shards(outputs, lambda out: entries_bytes(out.entries(scales)), max_shard_bytes)
+    config = dataclasses.replace(config, quantization=quantization.with_scales_in(scale_dtype))
+    outputs = [
+        out
+        for name, shape in whole.shapes.items()
+        for out in _outputs(config, name, shape, sources[name], scales)
+    ]
+    parts = into_shards(outputs, lambda out: entries_bytes(out.entries), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
-    entries = {file: [e for out in members for e in out.entries(scales)] for file, members in shards.items()}
+    entries = {file: [e for out in members for e in out.entries] for file, members in shards.items()}
     destination.mkdir(parents=True, exist_ok=True)
     source_bytes = 0
     try:
@@ -139,27 +159,53 @@ def quantize_checkpoint(
     write_index(destination, entries)
     dtypes = [source_dtype(sources[name]) for name in sources if is_matrix(name)]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    config = dataclasses.replace(config, float8=True)
     write_side_files(destination, config, widest, source, mtp_layers=whole.mtp_layers)
     return QuantizeReport(source_bytes, sum(map(entries_bytes, entries.values())), whole.skipped)
 
 
-def _outputs(name: str, shape: tuple[int, ...], source: Source) -> Iterator[_Output]:
+def _outputs(
+    config: ModelConfig, name: str, shape: tuple[int, ...], source: Source, scales: np.dtype
+) -> Iterator[_Output]:
     prefix = PART_PREFIXES["mtp"]
-    dtype, scaled = source_dtype(source), is_block_scaled(name.removeprefix(prefix))
-    for piece in (scaled and expert_pieces(name, shape)) or [whole_piece(name, shape)]:
-        key = piece.name if name.startswith(prefix) else hf_key(piece.name)
-        yield _Output(key, name, piece.box, piece.shape, dtype, scaled)
+    root = prefix if name.startswith(prefix) else "model."
+    own = name.removeprefix(prefix)
+    dtype, scheme = source_dtype(source), matrix_scheme(config, own, root)
+    for piece in (scheme and expert_pieces(own, shape)) or [whole_piece(own, shape)]:
+
+        def key_of(canonical: str) -> str:
+            return prefix + canonical if root == prefix else hf_key(canonical)
+
+        entries = ((key_of(piece.name), dtype, piece.shape),)
+        if scheme is not None:
+            entries = tuple(
+                (key_of(tensor.name), tensor.dtype, tensor.shape)
+                for tensor in _written(config, piece.name, piece.shape, scales, root)
+            )
+        yield _Output(key_of(piece.name), name, piece.box, piece.shape, dtype, entries, scheme)
+
+
+def _written(
+    config: ModelConfig, name: str, shape: tuple[int, ...], scales: np.dtype, root: str
+) -> Iterator[Written]:
+    """Codes, what belongs to them, then scales."""
+    form = matrix_form(config, name, shape, root)
+    assert form is not None
+    yield from written_tensors(config, name, form.values_shape(shape), form.of_codes.dtype, root)
+    yield from written_tensors(config, scale_name(name), form.scales_shape(shape), scales, root)
 
 
 def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> int:
     """Reads a tensor and writes it: bytes read."""
     extent = tuple(s.stop - s.start for s in out.box)
-    if out.scaled:
+    if out.scheme is not None:
         matrix = np.empty(extent, np.float32)
         count = _read(source, out.box, matrix)
-        for part in quantize(matrix.reshape(out.shape), scales):
-            stream.write(part.reshape(-1).view(np.uint8).data)
+        codes, found = _rounded(matrix.reshape(out.shape), out.scheme, scales)
+        for i, (_, dtype, shape) in enumerate(out.entries):
+            last = i == len(out.entries) - 1
+            part = found if last else codes if i == 0 else np.array(out.shape, dtype)
+            assert part.nbytes == prod(shape) * dtype.itemsize
+            stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         return count
     count = 0
     rows = max(1, _COPY_BYTES // max(1, prod(extent[1:]) * out.dtype.itemsize))
@@ -169,6 +215,15 @@ def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> 
         count += _read(source, box, part)
         stream.write(part.reshape(-1).view(np.uint8).data)
     return count
+
+
+def _rounded(matrix: np.ndarray, scheme: Scheme, scales: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scales) of a matrix."""
+    if scheme.codes == "e4m3":
+        return quantize(matrix, scales)
+    if scheme.codes == "e2m1":
+        return round_mxfp4(matrix)
+    return round_integers(matrix, scheme.codes, scheme.group[1], scales)
 
 
 def _read(source: Source, box: Box, out: np.ndarray) -> int:

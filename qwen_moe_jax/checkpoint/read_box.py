@@ -19,6 +19,7 @@ from types import TracebackType
 
 import numpy as np
 
+from qwen_moe_jax.checkpoint.packing import PackedTensor
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, StoredTensor, all_finite
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.kernels.cpu.build import copy_finite
@@ -31,6 +32,8 @@ Part = tuple[StoredTensor, Box, np.ndarray]
 _PIECE = 1 << 20
 # Bytes that a thread takes at once.
 _JOB = 1 << 23
+# Dtypes that the C++ copy knows the infinities of.
+_COPIED = tuple(READABLE_DTYPES[name] for name in ("F32", "BF16", "F8_E4M3"))
 # Elements of a piece of a whole tensor.
 _ELEMENTS = 1 << 18
 
@@ -79,8 +82,9 @@ def read_boxes(parts: Iterable[Part], files: OpenFiles, threads: Executor | None
     """Reads boxes of stored tensors, and nothing else of them, converting to their destination's dtype.
 
     Args:
-        parts: tensors in float32, bfloat16 or float8_e4m3fn; a slice with start and stop for each of their
-            dimensions; the destination, of any strides, in float32 or bfloat16, or for float8 the same.
+        parts: tensors in one of `READABLE_DTYPES`; a slice with start and stop for each of their
+            dimensions; the destination, of any strides, in a float dtype that goes with theirs, or for codes
+            the same.
         files: that stay open from call to call.
         threads: that share the work; None means this one alone.
 
@@ -104,6 +108,33 @@ def read_box(tensor: StoredTensor, box: Box, out: np.ndarray) -> bool:
     """One box, as `read_boxes`: whether every element is finite."""
     with OpenFiles() as files:
         return not read_boxes([(tensor, box, out)], files)
+
+
+def read_whole(tensor: StoredTensor, files: OpenFiles) -> np.ndarray:
+    """A small tensor of any dtype that NumPy has."""
+    out = np.empty(tensor.shape, READABLE_DTYPES[tensor.dtype])
+    read_boxes([(tensor, tuple(slice(0, n) for n in tensor.shape), out)], files)
+    return out
+
+
+def read_packed(
+    tensor: PackedTensor, box: Box, out: np.ndarray, files: OpenFiles, threads: Executor | None = None
+) -> tuple[int, list[str]]:
+    """Fills `out` with a box of an array that has to be unpacked: (bytes read, keys that are not finite)."""
+    layout = tensor.layout
+    assert layout.file_box is not None
+    assert layout.unpack is not None
+    place = layout.file_box(box)
+    raw = np.empty(tuple(s.stop - s.start for s in place), READABLE_DTYPES[tensor.tensor.dtype])
+    damaged = read_boxes([(tensor.tensor, place, raw)], files, threads)
+    values = layout.unpack(raw, box)
+    if tensor.divisor is not None:
+        divisor = read_whole(tensor.divisor, files)
+        if not np.isfinite(divisor).all() or (divisor == 0).any():
+            damaged.append(tensor.divisor.key)
+        values = values / divisor.reshape(())
+    out[...] = values
+    return raw.nbytes, damaged
 
 
 def _jobs(parts: Iterable[Part]) -> Iterator[list[tuple[Part, Box]]]:
@@ -166,7 +197,7 @@ def _copy(content: np.ndarray, tensor: StoredTensor, target: np.ndarray) -> bool
     strides = [stored.itemsize * prod(tensor.shape[d + 1 :]) for d in range(target.ndim)]
     values = np.lib.stride_tricks.as_strided(content.view(stored), target.shape, strides, writeable=False)
     if stored == target.dtype:
-        if values.flags.c_contiguous and target.flags.c_contiguous:
+        if stored in _COPIED and values.flags.c_contiguous and target.flags.c_contiguous:
             finite = copy_finite(target, values)
             if finite is not None:
                 return finite

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from qwen_moe_jax.checkpoint.layout import (
     Piece,
     expert_pieces,
     is_matrix,
-    scale_name,
+    matrix_name,
     whole_piece,
 )
-from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes
+from qwen_moe_jax.checkpoint.packing import PackedTensor, Packing, as_array, stored_as, stored_name
+from qwen_moe_jax.checkpoint.packing_checks import Check, check_packing, kind_of
+from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes, read_packed
 from qwen_moe_jax.checkpoint.safetensors_files import (
     READABLE_DTYPES,
     StoredTensor,
@@ -31,6 +33,8 @@ from qwen_moe_jax.checkpoint.safetensors_files import (
 )
 from qwen_moe_jax.checkpoint.targets import Box, Target, Transfers, place, whole
 from qwen_moe_jax.errors import CheckpointError, InputError
+from qwen_moe_jax.formats.codes import CODES
+from qwen_moe_jax.schemes.scheme import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,16 @@ class ReadReport:
     dtypes: dict[str, np.dtype]
 
 
-# Dtypes of a float8 matrix, and of everything else.
-_FLOAT8 = ("F8_E4M3",)
+# Dtypes of everything but codes and their scales.
 _FLOATS = ("F32", "BF16")
+
+_ANY_FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Reading is a copy out of the page cache where files lie there, else waiting for a disk.
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 # A parameter's tensors in the files, with the place of each in the parameter.
-Source = list[tuple[Piece, StoredTensor]]
+Source = list[tuple[Piece, StoredTensor | PackedTensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +76,13 @@ class Match:
         sources: canonical name -> its tensors.
         skipped: as in `ReadReport`.
         tied_head: an `lm_head` that is stored although the configuration ties it to the embedding.
+        checks: tensors that say again what is known, each with what to compare it with.
     """
 
     sources: dict[str, Source]
     skipped: dict[str, int]
     tied_head: StoredTensor | None
+    checks: tuple[Check, ...] = ()
 
 
 def read_parameters(
@@ -111,7 +118,7 @@ def read_targets(
     devices hold is at most two slices.
 
     bfloat16 held as float32 is exact; float32 held as bfloat16 is rounded to nearest even and reported.
-    float8 is held as float8.
+    Codes are held as codes.
     Both prefixes and both layouts of experts are read (see `layout`). A tied checkpoint may hold an `lm_head`
     equal to its embedding.
 
@@ -131,6 +138,7 @@ def read_targets(
     """
     match = match_tensors(folder, stored_tensors(folder), shapes, keys)
     check_tied_head(folder, match)
+    check_packing(folder, match.checks)
     sources = match.sources
     read: dict[str, jax.Array] = {}
     damaged: list[str] = []
@@ -191,7 +199,7 @@ def check_tied_head(folder: str | Path, match: Match) -> None:
 def checkpoint_dtype(folder: str | Path, keys: KeyMap = TEXT_KEYS) -> str:
     """The dtype that most of the matrices' bytes are stored in, "float32" or "bfloat16"; headers only.
 
-    Matrices in float8 do not count: what is beside them says what to compute in.
+    Codes and their scales do not count: what is beside them says what to compute in.
 
     Raises:
         CheckpointError: as `stored_tensors`; or it is another dtype, or there are no matrices.
@@ -199,7 +207,7 @@ def checkpoint_dtype(folder: str | Path, keys: KeyMap = TEXT_KEYS) -> str:
     weight: Counter[str] = Counter()
     for key, tensor in stored_tensors(folder).items():
         name = keys.name(key)
-        if name is not None and is_matrix(name) and tensor.dtype not in _FLOAT8:
+        if name is not None and is_matrix(name) and tensor.dtype in _ANY_FLOATS and len(tensor.shape) > 1:
             weight[tensor.dtype] += tensor.nbytes
     if not weight:
         raise CheckpointError(
@@ -262,20 +270,37 @@ def match_tensors(
     sources: dict[str, Source] = {}
     missing, misshapen, unreadable = [], [], []
     unused = dict(by_name)
-    scaled = {name for name in shapes if scale_name(name) in shapes}
+    checks: list[Check] = []
     for name, shape in shapes.items():
         sources[name] = []
-        for piece in _pieces(name, shape, by_name):
-            tensor = unused.pop(piece.name, None)
+        found = stored_as(name, keys.scheme(matrix_name(name)))
+        for piece in _pieces(name, shape, by_name, found.name):
+            tensor = unused.pop(found.name(piece.name), None)
             if tensor is None:
-                missing.append(keys.key(piece.name))
+                missing.append(keys.key(found.name(piece.name)))
                 continue
-            if tensor.shape != piece.shape:
-                misshapen.append(f"{tensor.key} is {list(tensor.shape)} instead of {list(piece.shape)}")
-            expected = _FLOAT8 if name in scaled else _FLOATS
-            if tensor.dtype not in expected:
-                unreadable.append(f"{tensor.key} is {tensor.dtype} instead of {' or '.join(expected)}")
-            sources[name].append((piece, tensor))
+            wanted = found.layout.file_shapes(piece.shape)
+            if tensor.shape not in wanted:
+                misshapen.append(f"{tensor.key} is {list(tensor.shape)} instead of {list(wanted[0])}")
+                continue
+            if tensor.dtype not in found.layout.dtypes:
+                expected = " or ".join(found.layout.dtypes)
+                unreadable.append(f"{tensor.key} is {tensor.dtype} instead of {expected}")
+                continue
+            source = as_array(tensor, found.layout, piece.shape)
+            if found.packing is not None:
+                scheme = keys.scheme(matrix_name(name))
+                assert scheme is not None
+                if found.part == "codes":
+                    checks += _checks(piece, scheme, found.packing, unused)
+                divisor = found.packing.names.get("divisor")
+                if found.part == "scales" and divisor is not None:
+                    one = unused.pop(stored_name(piece.name, divisor), None)
+                    if one is None or one.dtype != "F32" or one.nbytes != 4:
+                        missing.append(keys.key(stored_name(piece.name, divisor)))
+                    elif isinstance(source, PackedTensor):
+                        source = dataclasses.replace(source, divisor=one)
+            sources[name].append((piece, source))
     tied_head = unused.pop("lm_head.weight", None) if "embed_tokens.weight" in shapes else None
     unexpected += [tensor.key for tensor in unused.values()]
 
@@ -292,19 +317,37 @@ def match_tensors(
     ]
     if problems:
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(problems)}.")
-    return Match(sources, dict(skipped), tied_head)
+    return Match(sources, dict(skipped), tied_head, tuple(checks))
 
 
-def _pieces(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor]) -> list[Piece]:
+def _checks(
+    piece: Piece, scheme: Scheme, packing: Packing, unused: dict[str, StoredTensor]
+) -> Iterator[Check]:
+    """Takes the tensors beside a matrix of codes: gives what is to be compared, and drops what is about
+    activations."""
+    shape = (*piece.shape[:-1], piece.shape[-1] * CODES[scheme.codes].packed)
+    for ending in packing.checks:
+        if ending == "qzeros" and scheme.zeros:
+            continue
+        tensor = unused.pop(stored_name(piece.name, ending), None)
+        if tensor is not None:
+            yield Check(tensor, kind_of(ending), shape, scheme)
+    for ending in packing.ignored:
+        unused.pop(stored_name(piece.name, ending), None)
+
+
+def _pieces(
+    name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor], name_of: Callable[[str], str]
+) -> list[Piece]:
     """The tensors that make up a parameter: itself or, where the file says so, one matrix an expert."""
     split = expert_pieces(name, shape)
-    if name not in stored and any(piece.name in stored for piece in split):
+    if name_of(name) not in stored and any(name_of(piece.name) in stored for piece in split):
         return split
     return [whole_piece(name, shape)]
 
 
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape or a.dtype not in _FLOATS:
+def _equal(a: StoredTensor, b: StoredTensor | PackedTensor) -> bool:
+    if isinstance(b, PackedTensor) or a.shape != b.shape or a.dtype not in _FLOATS:
         return False
     return all(np.array_equal(x, y) for x, y in zip(iter_float32(a), iter_float32(b), strict=True))
 
@@ -315,7 +358,8 @@ def _stored_bytes(source: Source) -> int:
 
 def _position(source: Source) -> tuple[str, int]:
     first = source[0][1]
-    return str(first.file), first.offset
+    tensor = first.tensor if isinstance(first, PackedTensor) else first
+    return str(tensor.file), tensor.offset
 
 
 def source_dtype(source: Source) -> np.dtype:
@@ -331,12 +375,21 @@ def read_source(
     threads: Executor | None = None,
 ) -> tuple[list[str], int]:
     """Fills `out` with a box of a parameter: (keys of tensors with NaN or infinite values, bytes read)."""
-    parts = list(_parts(source, box, out))
-    damaged = read_boxes(parts, files, threads)
-    return damaged, sum(view.size * READABLE_DTYPES[tensor.dtype].itemsize for tensor, _, view in parts)
+    parts, damaged, read = [], [], 0
+    for tensor, part, view in _parts(source, box, out):
+        if isinstance(tensor, PackedTensor):
+            raw, not_finite = read_packed(tensor, part, view, files, threads)
+            damaged += not_finite
+            read += raw
+        else:
+            parts.append((tensor, part, view))
+            read += view.size * READABLE_DTYPES[tensor.dtype].itemsize
+    return damaged + read_boxes(parts, files, threads), read
 
 
-def _parts(source: Source, box: Box, out: np.ndarray) -> Iterator[tuple[StoredTensor, Box, np.ndarray]]:
+def _parts(
+    source: Source, box: Box, out: np.ndarray
+) -> Iterator[tuple[StoredTensor | PackedTensor, Box, np.ndarray]]:
     """The tensors that a box of a parameter is in: (tensor, box within it, where that goes)."""
     for piece, tensor in source:
         # leading dimensions that the tensor lacks are the piece's own place in the parameter

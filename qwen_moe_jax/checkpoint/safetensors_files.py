@@ -14,17 +14,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# What this library computes with; other dtypes of the format are recognised to be named.
+# What this library reads; other dtypes of the format are recognised to be named.
 READABLE_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": E4M3,
+    "F16": np.dtype(np.float16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -50,7 +55,9 @@ _FOREIGN = {
 _NOT_FINITE: dict[np.dtype, tuple[Any, int, int]] = {
     READABLE_DTYPES["F32"]: (np.uint32, 0x7FFFFFFF, 0x7F800000),
     READABLE_DTYPES["BF16"]: (np.uint16, 0x7FFF, 0x7F80),
+    READABLE_DTYPES["F16"]: (np.uint16, 0x7FFF, 0x7C00),
     READABLE_DTYPES["F8_E4M3"]: (np.uint8, 0x7F, 0x7F),
+    READABLE_DTYPES["F8_E8M0"]: (np.uint8, 0xFF, 0xFF),
 }
 
 # Elements converted at once: small enough for the caches, large enough that a read's cost vanishes.
@@ -264,9 +271,11 @@ def _check_extent(file: Path, size: int, data: int, tensors: dict[str, StoredTen
 def all_finite(values: np.ndarray) -> bool:
     """Whether contiguous values hold no NaN and no infinity, without a float copy.
 
-    Those are the bit patterns whose exponent bits are all ones; in float8_e4m3fn, which has no infinity, all
-    bits but the sign.
+    Those are the bit patterns whose exponent bits are all ones; in float8_e4m3fn and float8_e8m0fnu, which
+    have no infinity, all bits but the sign. Integers are finite.
     """
+    if values.dtype not in _NOT_FINITE:
+        return True
     unsigned, magnitude, infinity = _NOT_FINITE[values.dtype]
     bits = values.reshape(-1).view(unsigned)
     return all(

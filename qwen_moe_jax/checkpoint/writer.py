@@ -1,7 +1,7 @@
 """Writes a checkpoint in the Hugging Face layout, which `transformers` loads.
 
-Experts are written fused, as released bfloat16 checkpoints have them; in float8 one by one, as those have
-them. Tensors go to the file one at a time in
+Experts are written fused, as released bfloat16 checkpoints have them; quantised ones one by one, as those
+have them. Tensors go to the file one at a time in
 bounded pieces, so that writing needs next to no memory beside the parameters.
 """
 
@@ -17,22 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.block_scales import E4M3
 from qwen_moe_jax.checkpoint.layout import (
     PART_PREFIXES,
-    Piece,
     differences,
-    expert_pieces,
     hf_key,
-    is_block_scaled,
     is_matrix,
-    is_scale,
+    is_side,
+    matrix_name,
     parameter_shapes,
-    quantization_config,
-    whole_piece,
+    scale_name,
+    zero_name,
 )
 from qwen_moe_jax.checkpoint.safetensors_files import INDEX_FILE, READABLE_DTYPES, SINGLE_FILE, abbreviate
-from qwen_moe_jax.checkpoint.targets import Box
+from qwen_moe_jax.checkpoint.written import Written, quantization_config, written_tensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, InputError
 
@@ -48,7 +45,7 @@ ORBAX_PART = "orbax.part"
 Entry = tuple[str, np.dtype, tuple[int, ...]]
 T = TypeVar("T")
 
-# Dtypes of everything but float8 matrices.
+# Dtypes of everything but codes and their scales.
 FLOATS = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 _FORMAT_NAMES = {dtype: name for name, dtype in READABLE_DTYPES.items()}
 _PIECE = 1 << 20  # elements converted and written at once
@@ -87,14 +84,15 @@ def write_safetensors(
     refuse_second_layout(folder, ORBAX_FOLDER, ORBAX_PART)
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
-    values: dict[str, tuple[jax.Array, Box]] = {}
-    for held, key_of in ((parameters, hf_key), (mtp or {}, PART_PREFIXES["mtp"].__add__)):
+    values: dict[str, tuple[jax.Array, Written]] = {}
+    prefix = PART_PREFIXES["mtp"]
+    for root, held, key_of in (("model.", parameters, hf_key), (prefix, mtp or {}, prefix.__add__)):
         dtypes = stored_dtypes(held, np.dtype(dtype))
         for name, value in held.items():
-            for piece in _tensors(config, name, tuple(value.shape)):
-                key = key_of(piece.name)
-                entries.append((key, dtypes[name], piece.shape))
-                values[key] = value, piece.box
+            for tensor in written_tensors(config, name, tuple(value.shape), dtypes[name], root):
+                key = key_of(tensor.name)
+                entries.append((key, tensor.dtype, tensor.shape))
+                values[key] = value, tensor
     parts = into_shards(entries, lambda entry: entries_bytes([entry]), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
@@ -146,23 +144,27 @@ def check_parameters(parameters: Mapping[str, jax.Array], config: ModelConfig) -
 
 
 def stored_dtypes(parameters: Mapping[str, jax.Array], dtype: np.dtype) -> dict[str, np.dtype]:
-    """Name -> the dtype it is written in: `dtype`, float32 if it is small and needs it, or its float8.
+    """Name -> the dtype it is written in: `dtype`, float32 if it is small and needs it, or that of codes.
 
     Raises:
         CheckpointError: a `dtype` that is neither float32 nor bfloat16, or matrices that it cannot hold.
     """
     if dtype not in FLOATS:
         raise CheckpointError(f"A checkpoint cannot be written in {dtype}; expected float32 or bfloat16.")
-    exact = {name: _goes_exactly(value, dtype) for name, value in parameters.items()}
+    codes = {matrix_name(name) for name in parameters if is_side(name)}
+    exact = {name: name in codes or _goes_exactly(value, dtype) for name, value in parameters.items()}
     lossy = [name for name, fits in exact.items() if not fits and is_matrix(name)]
     if lossy:
         raise CheckpointError(
             f"{abbreviate(lossy)} cannot be written in {dtype} without rounding; write float32 instead."
         )
-    return {
-        name: E4M3 if parameters[name].dtype == E4M3 else dtype if fits else np.dtype(np.float32)
-        for name, fits in exact.items()
-    }
+    found = {name: dtype if fits else np.dtype(np.float32) for name, fits in exact.items()}
+    for matrix in codes:  # as they are held, but for float32 scales that go into less
+        sides = [name for name in (scale_name(matrix), zero_name(matrix)) if name in parameters]
+        for name in (matrix, *sides):
+            if parameters[name].dtype != np.float32:
+                found[name] = np.dtype(parameters[name].dtype)
+    return found
 
 
 def write_side_files(
@@ -189,7 +191,7 @@ def write_side_files(
     written = dataclasses.replace(config, dtype=dtype.name).to_dict()
     if mtp_layers:
         written["mtp_num_hidden_layers"] = mtp_layers
-    if config.float8:
+    if config.quantization is not None:
         written["quantization_config"] = quantization_config(config, mtp_layers=mtp_layers)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
@@ -201,7 +203,7 @@ def _pieces(value: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _goes_exactly(value: jax.Array, dtype: np.dtype) -> bool:
-    if value.dtype in (dtype, jnp.bfloat16, E4M3):
+    if value.dtype in (dtype, jnp.bfloat16):
         return True
     return all(np.array_equal(piece.astype(dtype).astype(piece.dtype), piece) for piece in _pieces(value))
 
@@ -251,21 +253,18 @@ def encode_header(entries: Iterable[Entry]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _tensors(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """What a parameter becomes: published float8 checkpoints have one tensor an expert, others one in all."""
-    apart = config.float8 and (is_scale(name) or is_block_scaled(name))
-    return (apart and expert_pieces(name, shape)) or [whole_piece(name, shape)]
-
-
 def _write_file(
     file: Path,
     entries: list[Entry],
-    values: Mapping[str, tuple[jax.Array, Box]],
+    values: Mapping[str, tuple[jax.Array, Written]],
 ) -> None:
     with file.open("wb") as stream:
         stream.write(encode_header(entries))
         for key, dtype, _ in entries:
-            value, box = values[key]
+            value, tensor = values[key]
             # no copy on CPU, and a box is a run of the array
-            for piece in _pieces(np.asarray(value)[box]):
-                stream.write(piece.astype(dtype, copy=False).view(np.uint8).data)
+            part = tensor.convert(np.asarray(value)[tensor.box or ()].reshape(-1, *value.shape[-1:]))
+            for piece in _pieces(part):
+                if piece.dtype.itemsize != 1:
+                    piece = piece.astype(dtype, copy=False)
+                stream.write(piece.view(np.uint8).data)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import InputError
+from qwen_moe_jax.schemes.presets import of_dtype
 
 _FOLDER = Path(__file__).parent
 _NAMES = ("qwen3.5-35b-a3b", "qwen3.5-122b-a10b", "qwen3.5-397b-a17b")
@@ -39,13 +40,13 @@ def released_config(name: str) -> ModelConfig:
     raise InputError(f"model is {name!r}; expected one of {', '.join(_NAMES)} (or 35b, 122b, 397b).")
 
 
-def find_config(path_or_name: str | Path, *, float8: bool = False) -> ModelConfig:
+def find_config(path_or_name: str | Path, *, dtype: str | None = None) -> ModelConfig:
     """The configuration of a checkpoint, or else of the released model of that name.
 
     Args:
         path_or_name: a folder with config.json or such a file, which wins; else as of `released_config`.
-        float8: of the model's FP8 checkpoint (float8_e4m3fn, a scale for each block of 128 x 128), whatever
-            config.json says.
+        dtype: that the layers' matrices are to be stored in, a key of `schemes.presets.DTYPES`, whatever
+            config.json says; None means as it says.
 
     Raises:
         InputError: neither a file or folder nor a name.
@@ -66,4 +67,6 @@ def find_config(path_or_name: str | Path, *, float8: bool = False) -> ModelConfi
                 f"model is {str(path_or_name)!r}, which is no folder or file; expected a folder with "
                 f"config.json, or one of {', '.join(_NAMES)}."
             ) from None
-    return dataclasses.replace(config, float8=True) if float8 else config
+    if config.quantization is not None:
+        config = dataclasses.replace(config, quantization=config.quantization.with_scales_in("bfloat16"))
+    return config if dtype is None else dataclasses.replace(config, quantization=of_dtype(dtype))

@@ -79,6 +79,11 @@ class MatrixFormat:
             raise ValueError(f"{self.codes} packs {self.of_codes.packed} columns, and there are {columns}.")
         return (*leading, columns // self.of_codes.packed)
 
+    def matrix_shape(self, values_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the matrix whose codes are an array of a shape: `values_shape` backwards."""
+        *leading, columns = values_shape
+        return (*leading, columns * self.of_codes.packed)
+
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the scales, and of the zero points, for a matrix or stack [..., out, in]."""
         *leading, rows, columns = shape

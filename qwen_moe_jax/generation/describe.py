@@ -6,8 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import CheckpointSummary, inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import count_parameters
-from qwen_moe_jax.checkpoint.parts import mtp_shapes
+from qwen_moe_jax.checkpoint.layout import count_parameters, formats_in_words
+from qwen_moe_jax.checkpoint.parts import mtp_forms, mtp_shapes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.kernels.table import Kernels
@@ -54,7 +54,8 @@ class ModelDescription:
     def _drafts(self) -> list[str]:
         if not self.draft_tokens:
             return []
-        count = count_parameters(mtp_shapes(self.checkpoint.config, 1))
+        config = self.checkpoint.config
+        count = count_parameters(mtp_shapes(config, 1), mtp_forms(config, 1))
         return [
             f"drafts             {self.draft_tokens} tokens a step at most, by multi-token prediction of "
             f"{count:,} parameters"
@@ -84,8 +85,8 @@ def describe_model(
     layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     held = policy.matrix.name
-    if config.float8:
-        held = f"float8 (layers) and {held}"
+    if words := formats_in_words(config):
+        held = f"{words} (layers) and {held}"
     return ModelDescription(
         checkpoint=summary,
         kernels=kernels,

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import (
+    is_matrix,
+    is_side,
+    parameter_forms,
+    parameter_shapes,
+    stored_dtype,
+    text_keys,
+)
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, read_part_targets, stored_mtp_layers
 from qwen_moe_jax.checkpoint.reader import checkpoint_dtype, float_dtype, read_targets
-from qwen_moe_jax.checkpoint.scale_targets import with_scales
+from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Target, give_back, whole
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.engine.forward import Forward, OneDeviceForward
@@ -137,7 +144,9 @@ def load_forward(
             layers = stored_mtp_layers(folder)
             head, drafter_targets = layout_drafter(layout, layers, policy, kernels)
             shapes = mtp_shapes(config, layers)
-            own, more_bytes = read_part_targets(folder, "mtp", drafter_targets, shapes, progress=progress)
+            own, more_bytes = read_part_targets(
+                folder, "mtp", config, drafter_targets, shapes, progress=progress
+            )
             parameters |= {MTP + name: value for name, value in own.items()}
             read_bytes += more_bytes
         forward = MeshForward(layout, policy, kernels, parameters, head, draft_tokens)
@@ -157,28 +166,32 @@ def whole_decoder(
     """The abstract decoder of one device, and what its parameters are read as."""
     decoder = abstract_decoder(config, policy, kernels)
     targets = {name: whole(name, struct) for name, struct in named_parameters(decoder).items()}
-    targets, forms = with_scales(targets, parameter_shapes(config))
+    targets, forms = with_scales(targets, parameter_shapes(config), parameter_forms(config))
     if forms:
         decoder = abstract_decoder(config, policy, kernels, forms=forms)
     return decoder, targets
 
 
 def with_stored_scales(
-    shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, jax.Array]
+    shapes: Mapping[str, tuple[int, ...]], forms: Forms, parameters: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """One device's parameters with the scales as a checkpoint has them, a block each.
+    """One device's parameters with scales and zero points as a checkpoint has them, a block each.
 
     Args:
-        shapes: canonical name -> shape, as of `checkpoint.layout.parameter_shapes`.
-        parameters: by these names, scales held for granules.
+        shapes, forms: as of `checkpoint.layout.parameter_shapes` and `parameter_forms`.
+        parameters: by these names, scales and zero points held for granules.
     """
     held = {
-        name: whole(name, jax.ShapeDtypeStruct(shape, jnp.float32))
-        for name, shape in shapes.items()
-        if not is_scale(name)
+        name: whole(
+            name, jax.ShapeDtypeStruct(forms[name].matrix_shape(s) if name in forms else s, jnp.float32)
+        )
+        for name, s in shapes.items()
+        if not is_side(name)
     }
-    targets = with_scales(held, shapes)[0]
-    scales = {n: np.zeros(s, np.float32) for n, s in shapes.items() if is_scale(n)}
+    targets = with_scales(held, shapes, forms)[0]
+    scales = {
+        n: np.zeros(s, stored_dtype(n, forms, np.dtype(np.float32))) for n, s in shapes.items() if is_side(n)
+    }
     for name in scales:
         give_back(targets[name], parameters[name], scales)
     return {**parameters, **scales}
@@ -198,9 +211,10 @@ def read_weights(
     """
     shapes = parameter_shapes(config)
     if is_orbax(folder):
-        parameters, report = read_orbax_targets(folder, targets, shapes, progress=progress)
+        forms = parameter_forms(config)
+        parameters, report = read_orbax_targets(folder, targets, shapes, forms, progress=progress)
     else:
-        parameters, report = read_targets(folder, targets, shapes, progress=progress)
+        parameters, report = read_targets(folder, targets, shapes, keys=text_keys(config), progress=progress)
     wide = any(d.itemsize > policy.compute.itemsize for name, d in report.dtypes.items() if is_matrix(name))
     if wide and policy.matrix != policy.compute:
         # A wider checkpoint is rounded to the dtype that was asked for; held values stay exact.

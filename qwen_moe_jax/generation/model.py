@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_moe_jax.checkpoint.layout import count_parameters, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import (
+    count_parameters,
+    formats_in_words,
+    parameter_forms,
+    parameter_shapes,
+)
 from qwen_moe_jax.checkpoint.orbax import save_orbax
-from qwen_moe_jax.checkpoint.parts import holds_part, mtp_shapes, part_keys, read_part
+from qwen_moe_jax.checkpoint.parts import holds_part, mtp_forms, mtp_shapes, part_keys, read_part
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.checkpoint.writer import write_safetensors
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.engine.drafting import check_drafts, default_drafts
@@ -146,7 +152,7 @@ class LoadedModel:
             InputError: another dtype, or a layout that does not exist.
         """
         folder = resolve_folder(path)
-        config = ModelConfig.from_file(folder)
+        config = read_config(folder)
         enable_compilation_cache(compilation_cache)
         table = make_kernels(current_target(), kernels)
         compute = compute_dtype(dtype, folder, config)
@@ -179,8 +185,9 @@ class LoadedModel:
     def _card(self) -> list[tuple[str, str]]:
         config, kinds = self.config, self.config.layer_types
         full = kinds.count(FULL_ATTENTION)
-        count = count_parameters(parameter_shapes(config))
-        held = "float8 and " if config.float8 else ""
+        count = count_parameters(parameter_shapes(config), parameter_forms(config))
+        words = formats_in_words(config)
+        held = f"{words} and " if words else ""
         lines = [
             ("QwenMoe", self.folder.name),
             (
@@ -193,7 +200,10 @@ class LoadedModel:
                 f"{config.num_experts}, {config.num_experts_per_tok} a token, and a shared one, in "
                 f"each layer",
             ),
-            ("parameters", f"{count:,} in {held}{self.dtype.name}"),
+            (
+                "parameters",
+                f"{count:,} in {held} and {self.dtype.name}" if held else f"{count:,} in {self.dtype.name}",
+            ),
             ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
             ("on", str(self.layout) if self.layout else f"one device ({self.kernels.target})"),
         ]
@@ -291,9 +301,9 @@ class LoadedModel:
     def _stored(self) -> tuple[Any, Any]:
         """The parameters as a checkpoint has them: the text model's, and those of multi-token prediction."""
         found = []
-        for own, shapes in (
-            (False, parameter_shapes(self.config)),
-            (True, mtp_shapes(self.config, 1)),
+        for own, shapes, forms in (
+            (False, parameter_shapes(self.config), parameter_forms(self.config)),
+            (True, mtp_shapes(self.config, 1), mtp_forms(self.config, 1)),
         ):
             held = {
                 name.removeprefix(MTP): value
@@ -301,9 +311,9 @@ class LoadedModel:
                 if name.startswith(MTP) == own
             }
             if held and self.layout is not None:
-                held = self.layout.stored(held, shapes)
-            elif held and self.config.float8:
-                held = with_stored_scales(shapes, held)
+                held = self.layout.stored(held, shapes, forms)
+            elif held and forms:
+                held = with_stored_scales(shapes, forms, held)
             found.append(held)
         return found[0], found[1]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_moe_jax.checkpoint.parts import mtp_shapes
+from qwen_moe_jax.checkpoint.parts import mtp_forms, mtp_shapes
 from qwen_moe_jax.checkpoint.targets import Target
 from qwen_moe_jax.config import FULL_ATTENTION
 from qwen_moe_jax.formats.cache import (
@@ -296,7 +296,9 @@ def layout_drafter(
         layers: `mtp_num_hidden_layers` of config.json.
         layout, policy, kernels: of the model.
     """
-    targets, forms = layout.part_targets(mtp_shapes(layout.config, layers), policy)
+    targets, forms = layout.part_targets(
+        mtp_shapes(layout.config, layers), mtp_forms(layout.config, layers), policy
+    )
     fused = layout.shared_expert == "fused"
     head = abstract_mtp(layout.config, layers, policy, kernels, forms, layout.ranks(), fused=fused)
     return head, targets

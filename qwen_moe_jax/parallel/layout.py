@@ -11,8 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen_moe_jax.checkpoint.block_scales import E4M3
-from qwen_moe_jax.checkpoint.layout import is_matrix, is_scale, matrix_name, parameter_shapes, scale_name
+from qwen_moe_jax.checkpoint.layout import (
+    codes_a_byte,
+    is_matrix,
+    is_side,
+    matrix_name,
+    matrix_scheme,
+    parameter_forms,
+    parameter_shapes,
+    stored_dtype,
+)
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
@@ -171,8 +179,8 @@ class Layout:
         kv = Section(c.head_dim, c.num_key_value_heads, attention.keys, attention.key_starts)
         keys = Section(c.linear_key_head_dim, c.linear_num_key_heads, delta.keys, delta.key_starts)
         tensor, experts = self._real(TENSOR), self._real(EXPERT)
-        inner = Section.even(c.moe_intermediate_size, self.ranks_along(tensor))
-        shared = Section.even(c.shared_expert_intermediate_size, self.ranks_along(self.shared_axes))
+        inner = _inner(c, c.moe_intermediate_size, self.ranks_along(tensor))
+        shared = _inner(c, c.shared_expert_intermediate_size, self.ranks_along(self.shared_axes))
         expert_sections = (Section.even(c.num_experts, self.ranks_along(experts)),)
         if self.shared_expert == "fused":
             # room for one more, which the shared expert fills
@@ -232,27 +240,29 @@ class Layout:
     def targets(self, policy: DtypePolicy) -> dict[str, Target]:
         """Every parameter as it is held on the mesh, by canonical name; fused, the shared expert is part of
         the expert stacks and has no parameters of its own."""
-        return self.part_targets(parameter_shapes(self.config), policy)[0]
+        return self.part_targets(parameter_shapes(self.config), parameter_forms(self.config), policy)[0]
 
     @property
     def forms(self) -> Forms:
         """How each matrix of codes is held."""
-        return self.part_targets(parameter_shapes(self.config), DtypePolicy(compute=_ANY, matrix=_ANY))[1]
+        policy = DtypePolicy(compute=_ANY, matrix=_ANY)
+        return self.part_targets(parameter_shapes(self.config), parameter_forms(self.config), policy)[1]
 
     def part_targets(
-        self, shapes: Mapping[str, tuple[int, ...]], policy: DtypePolicy
+        self, shapes: Mapping[str, tuple[int, ...]], forms: Forms, policy: DtypePolicy
     ) -> tuple[dict[str, Target], Forms]:
         """As `targets` and `forms`, of another set of parameters: decoder layers, and what is the same on
         every rank.
 
         Args:
-            shapes: canonical name -> shape, as of `checkpoint.layout.parameter_shapes`.
+            shapes, forms: as of `checkpoint.layout.parameter_shapes` and `parameter_forms`.
             policy: dtypes to hold them in.
         """
         targets = {}
-        for name, shape in shapes.items():
-            if is_scale(name):
+        for name, stored in shapes.items():
+            if is_side(name):
                 continue
+            shape = forms[name].matrix_shape(stored) if name in forms else stored
             if self.shared_expert == "fused" and ".mlp.shared_expert." in name:
                 continue
             dimensions = self.dimensions(name, len(shape))
@@ -265,7 +275,7 @@ class Layout:
                 sharding=self.sharding(_spec(dimensions)),
             )
             targets[name] = Target(struct, _Copies(self, name, shape, dimensions))
-        return with_scales(targets, shapes)
+        return with_scales(targets, shapes, forms)
 
     def cache_specs(self, kinds: tuple[str, ...] | None = None) -> HybridCache:
         """The mesh axes of every array of a cache. Pages and slots are divided as rows are: a row's keys and
@@ -323,13 +333,16 @@ class Layout:
         )
 
     def stored(
-        self, parameters: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        parameters: Mapping[str, jax.Array],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        forms: Forms | None = None,
     ) -> dict[str, np.ndarray]:
         """The parameters as a checkpoint has them, from arrays that lie on this mesh; all of it on the host.
 
         Args:
             parameters: canonical name -> array.
-            shapes: of another set of parameters, as of `part_targets`; None for the text model's.
+            shapes, forms: of another set of parameters, as of `part_targets`; None for the text model's.
 
         Raises:
             InputError: another process holds some of them.
@@ -338,19 +351,12 @@ class Layout:
             raise InputError(
                 "the model lies on the devices of several processes; save it from a model loaded in one."
             )
-        shapes = parameter_shapes(self.config) if shapes is None else shapes
-        matrix = next(
-            value.dtype for name, value in parameters.items() if is_matrix(name) and value.dtype != E4M3
-        )
+        if shapes is None or forms is None:
+            shapes, forms = parameter_shapes(self.config), parameter_forms(self.config)
+        matrix = next(v.dtype for name, v in parameters.items() if is_matrix(name) and name not in forms)
         policy = DtypePolicy(compute=matrix, matrix=matrix)
-        hosts = {
-            name: np.zeros(
-                shape,
-                E4M3 if scale_name(name) in shapes else policy.matrix if is_matrix(name) else policy.vector,
-            )
-            for name, shape in shapes.items()
-        }
-        for name, target in self.part_targets(shapes, policy)[0].items():
+        hosts = {name: np.zeros(shape, stored_dtype(name, forms, matrix)) for name, shape in shapes.items()}
+        for name, target in self.part_targets(shapes, forms, policy)[0].items():
             give_back(target, parameters[name], hosts)
         return hosts
 
@@ -402,6 +408,12 @@ class _Copies:
         ]
 
 
+def _inner(config: ModelConfig, size: int, ranks: int) -> Section:
+    """Inner rows of an expert, which are columns of its last matrix; of 4-bit codes two share a byte."""
+    width = codes_a_byte(config) if size % codes_a_byte(config) == 0 else 1
+    return Section.even(size // width, ranks, width)
+
+
 def _spec(dimensions: tuple[Split | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(None if split is None else split.axes or None for split in dimensions))
 
@@ -418,4 +430,15 @@ def check_fusable(config: ModelConfig) -> None:
         raise InputError(
             "shared_expert='fused' needs a shared expert as wide as the others, and this model's are "
             f"{shared} and {routed} wide; use 'prescaled', 'outside', 'sharded' or 'auto'."
+        )
+    forms = [
+        matrix_scheme(config, f"layers.{layer}.mlp.{part}")
+        for layer in range(config.num_hidden_layers)
+        for part in ("experts.gate_up_proj", "shared_expert.up_proj.weight")
+    ]
+    if forms[0::2] != forms[1::2]:
+        raise InputError(
+            "shared_expert='fused' needs a shared expert in the format of the others, and this model's are "
+            f"{forms[1] or 'not quantised'} and {forms[0] or 'not quantised'}; use 'prescaled', 'outside', "
+            "'sharded' or 'auto'."
         )

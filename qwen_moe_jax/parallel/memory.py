@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.checkpoint.parts import mtp_shapes
+from qwen_moe_jax.checkpoint.layout import formats_in_words
+from qwen_moe_jax.checkpoint.parts import mtp_forms, mtp_shapes
 from qwen_moe_jax.checkpoint.targets import Target
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.devices import Device
@@ -123,7 +124,7 @@ def device_memory(
     device: Device | None = None,
     **choices: Any,
 ) -> DeviceMemory:
-    """What one device of a mesh holds in bfloat16 and in float32, of an FP8 checkpoint beside its float8.
+    """What one device of a mesh holds in bfloat16 and in float32, of a quantised checkpoint beside its codes.
 
     Args:
         config: of the model.
@@ -140,7 +141,8 @@ def device_memory(
         choices["shared_expert"] = "outside" if choices.get("exact") else "prescaled"
     layout = Layout(config, abstract_mesh(*sizes), **choices)
     kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-    prefix = "float8 and " if config.float8 else ""
+    words = formats_in_words(config)
+    prefix = f"{words} and " if words else ""
     holdings = {prefix + d.name: holding(layout, DtypePolicy(compute=d, matrix=d)) for d in kinds}
     return layout_memory(layout, holdings, context, device)
 
@@ -170,7 +172,7 @@ def holding(layout: Layout, policy: DtypePolicy, *, drafter: bool = False) -> Ho
     weights = by_component(_shard_bytes(layout.targets(policy)))
     kinds = layout.config.layer_types
     if drafter:
-        targets = layout.part_targets(mtp_shapes(layout.config, 1), policy)[0]
+        targets = layout.part_targets(mtp_shapes(layout.config, 1), mtp_forms(layout.config, 1), policy)[0]
         weights["multi-token prediction"] = sum(_shard_bytes(targets).values())
         kinds += (FULL_ATTENTION,)
     # a page and a slot a device

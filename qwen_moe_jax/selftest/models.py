@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import parameter_shapes
-from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.checkpoint.layout import parameter_forms, parameter_shapes, stored_dtype
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.kernels.table import AMD, make_kernels
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.selftest.expectations import Expectations, find_expectations
@@ -44,7 +44,7 @@ class Models:
 
     def __init__(self, folder: Path, target: str):
         self.folder = folder
-        self.config = ModelConfig.from_file(folder)
+        self.config = read_config(folder)
         self.target = target
         self.expectations: Expectations | None
         self.expectations, self.why_none = find_expectations(folder)
@@ -93,8 +93,12 @@ class Models:
 
     def _check_memory(self, dtype: str) -> None:
         limit = memory_limit(jax.local_devices()[0])
-        item = 1 if self.config.float8 else held_dtype(jnp.dtype(dtype), make_kernels(self.target)).itemsize
-        wanted = item * sum(prod(shape) for shape in parameter_shapes(self.config).values())
+        matrix = np.dtype(held_dtype(jnp.dtype(dtype), make_kernels(self.target)))
+        forms = parameter_forms(self.config)
+        wanted = sum(
+            prod(shape) * stored_dtype(name, forms, matrix).itemsize
+            for name, shape in parameter_shapes(self.config).items()
+        )
         if limit is not None and wanted > _FOR_WEIGHTS * limit:
             raise Skip(
                 f"weights of {wanted / 1e9:.0f} GB in {dtype} do not fit into the {limit / 1e9:.0f} GB that "

@@ -31,6 +31,7 @@ from qwen_moe_jax.configs import released_config
 from qwen_moe_jax.devices import DEVICES
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.parallel.mesh import make_mesh
+from qwen_moe_jax.schemes.fp8 import FP8
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rocm")]
 
@@ -59,7 +60,9 @@ _PASS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditi
 def two_layers(*, float8: bool = False) -> ModelConfig:
     """The 397B's widths, a layer of each kind."""
     kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
-    return dataclasses.replace(released_config("397b"), num_hidden_layers=2, layer_types=kinds, float8=float8)
+    return dataclasses.replace(
+        released_config("397b"), num_hidden_layers=2, layer_types=kinds, quantization=FP8 if float8 else None
+    )
 
 
 @functools.cache

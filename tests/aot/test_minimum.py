@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.configs import DIVISIBLE_BY_8, random_config
+from support.slow import some
 
 from qwen_moe_jax.aot.minimum import (
     Collective,
@@ -138,7 +139,7 @@ def test_no_part_is_so_small_that_a_wrong_one_would_hide_in_the_tolerance() -> N
         assert max(work.flops.get(part, 0) / work.total_flops for work in works) > ELEMENTWISE, part
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)))
+@pytest.mark.parametrize("index", some(range(len(LAYOUTS)), lambda i: i % 3 == 0))
 def test_flops_of_a_device_of_a_mesh_are_those_that_xla_counts(index: int) -> None:
     layout, compiled = on_a_mesh(index)
     work = least_work(layout, FLOAT32, batch=BATCH, tokens=1, context=CAPACITY - 1)
@@ -326,7 +327,9 @@ SCALED = ("Gated DeltaNet", "attention", "routed experts", "shared expert")
 def test_float8_halves_what_is_quantised_and_nothing_else(name: str) -> None:
     step = {"batch": 4, "tokens": 1, "context": 100}
     wide, narrow = (
-        least_work(abstract(find_config(name, float8=float8), (1, 2, 2)), BFLOAT16, **step)
+        least_work(
+            abstract(find_config(name, dtype="float8" if float8 else None), (1, 2, 2)), BFLOAT16, **step
+        )
         for float8 in (False, True)
     )
     assert narrow.flops == wide.flops

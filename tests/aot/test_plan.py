@@ -19,6 +19,8 @@ from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import USABLE, device_memory
 from qwen_moe_jax.parallel.mesh import abstract_mesh
+from qwen_moe_jax.schemes.fp8 import FP8
+from qwen_moe_jax.schemes.presets import of_dtype
 
 # Four layers of the 397B, so that a plan takes a tenth of a second: 29 GB in bfloat16.
 SMALL = dataclasses.replace(
@@ -48,7 +50,7 @@ def memory(option: Option, config: ModelConfig, on: Device, context: int) -> Any
 @pytest.mark.parametrize(("dtype", "held"), [("bfloat16", "bfloat16"), ("float8", "float8 and bfloat16")])
 def test_what_fits_and_the_largest_batch_are_those_of_the_memory_report(dtype: str, held: str) -> None:
     found = everything(dtype=dtype)
-    config = dataclasses.replace(SMALL, float8=dtype == "float8")
+    config = dataclasses.replace(SMALL, quantization=of_dtype(dtype))
     assert found.fitting
     assert found.too_large
     for option in (*found.fitting, *found.too_large):
@@ -155,7 +157,7 @@ def test_where_nothing_fits_the_plan_says_so_and_what_would() -> None:
     assert weights.fitting == ()
     assert all(option.largest_batch == 0 and option.over > 0 for option in weights.too_large)
     assert "0 of 28 layouts fit" in str(weights)
-    assert str(weights).endswith("too large for every layout: give more devices, or float8.")
+    assert str(weights).endswith("too large for every layout: give more devices, or float8 or mxfp4.")
     assert str(everything(gib=1.0, dtype="float8")).endswith("give more devices.")
     batch = everything(batch=100_000)
     assert batch.too_large[0].largest_batch > 0
@@ -163,7 +165,7 @@ def test_where_nothing_fits_the_plan_says_so_and_what_would() -> None:
 
 
 def test_the_dtype_is_the_configurations_own_unless_one_is_given() -> None:
-    float8 = dataclasses.replace(SMALL, float8=True)
+    float8 = dataclasses.replace(SMALL, quantization=FP8)
     assert everything(SMALL) == everything(float8, dtype="bfloat16")
     assert everything(float8) == everything(SMALL, dtype="float8")
     assert everything(float8).dtype == "float8"
@@ -205,7 +207,7 @@ def test_the_table_has_a_line_an_option_in_order() -> None:
         ({"batch": 0}, "batch is 0"),
         ({"context": 0}, "context is 0"),
         ({"context": 262_145}, "context is 262145; expected at most the model's 262144 tokens"),
-        ({"dtype": "int4"}, "dtype is 'int4'; expected 'bfloat16' or 'float8'"),
+        ({"dtype": "int3"}, "dtype is 'int3'; expected one of 'bfloat16', 'float8', 'int8'"),
         ({"shared_expert": "twice"}, "shared_expert is 'twice'"),
     ],
 )

@@ -15,6 +15,7 @@ from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.configs import find_config, released, released_config
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
 from qwen_moe_jax.formats.cache import PAGE, DeltaNetCache, KVCache, empty_cache
+from qwen_moe_jax.schemes.fp8 import FP8
 
 KIB, MIB = 1 << 10, 1 << 20
 # The names give whole billions; those of the 35B count its embedding.
@@ -53,7 +54,7 @@ def test_what_the_models_have_in_common(name: str) -> None:
     assert config.max_position_embeddings == 262144
     assert config.eos_token_ids == (248044, 248046)
     assert not config.tie_word_embeddings
-    assert not config.float8
+    assert config.quantization is None
     assert config.dtype == "bfloat16"
     assert (config.rope.kind, config.rope.theta, config.rotary_dim) == ("default", 1e7, 64)
     assert config.rope.mrope_section == (11, 11, 10)
@@ -127,7 +128,7 @@ def test_what_is_neither_path_nor_name_is_refused() -> None:
 def test_float8_is_added_and_changes_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint")
     for given in (*released(), tmp_path / "checkpoint"):
-        plain, float8 = find_config(given), find_config(given, float8=True)
-        assert float8.float8
-        assert not plain.float8
+        plain, float8 = find_config(given), find_config(given, dtype="float8")
+        assert float8.quantization == FP8
+        assert plain.quantization is None
         assert ModelConfig.from_dict({**float8.to_dict(), "quantization_config": None}) == plain

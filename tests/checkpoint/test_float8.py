@@ -11,13 +11,14 @@ from checkpoint_cases import edit
 from safetensors.torch import load_file
 from support import oracle, parity
 from support.configs import WHOLE_BLOCKS, random_ids
-from support.float8 import RAGGED, float8_pair
+from support.float8 import RAGGED, float8_pair, is_block_scaled
 from support.reference import parameters_float64, reference_greedy, reference_logits
+from support.slow import some
 from transformers import Qwen3_5MoeForCausalLM
 
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
-from qwen_moe_jax.checkpoint.layout import is_block_scaled, matrix_name, scale_name
+from qwen_moe_jax.checkpoint.layout import matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.formats.block_scaled import BlockScaled
@@ -183,7 +184,7 @@ def test_every_device_holds_the_numbers_of_its_slice(ragged, sizes, shared, opti
     assert checked >= len(forms) * model.layout.mesh.size
 
 
-@pytest.mark.parametrize(("sizes", "shared", "options"), LAYOUTS[:5])
+@pytest.mark.parametrize(("sizes", "shared", "options"), some(LAYOUTS[:5], lambda i: i in (0, 3)))
 def test_a_layout_gives_the_logits_of_one_device(ragged, sizes, shared, options):
     reference = ragged.reference()
     case = case_of(ragged, reference, 20)
@@ -293,7 +294,7 @@ def test_what_does_not_fit_is_named(copy, change, message):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'gptq'; only 'fp8'"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq'; implemented are fp8"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme 'static'"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),

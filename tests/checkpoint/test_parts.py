@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoint_cases import TORCH_DTYPES, config_of, edit, expected_of
 from support.configs import random_config
+from support.float8 import is_block_scaled
 from support.parts import (
     PartsCheckpoint,
     random_vision_config,
@@ -20,13 +21,13 @@ from qwen_moe_jax.checkpoint.layout import (
     PART_PREFIXES,
     canonical_name,
     hf_key,
-    is_block_scaled,
     parameter_shapes,
     scale_name,
 )
 from qwen_moe_jax.checkpoint.orbax import save_orbax, stored_arrays
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, part_shapes, read_part, visual_shapes
 from qwen_moe_jax.checkpoint.reader import read_parameters
+from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
 from qwen_moe_jax.part_configs import VisionConfig, mtp_layers
@@ -82,7 +83,7 @@ def test_a_vision_config_that_says_nothing_is_the_references_default():
 
 
 def test_keys_and_names_lead_to_each_other_and_each_key_belongs_to_one_table(checkpoint):
-    tables = {part: part_shapes(checkpoint.folder, part) for part in PARTS}
+    tables = {part: part_shapes(checkpoint.folder, part, read_config(checkpoint.folder)) for part in PARTS}
     for part, shapes in tables.items():
         keys = part_keys(part)
         for name in shapes:
@@ -113,7 +114,7 @@ def test_a_part_is_read_bit_for_bit(seed, fused, stored, part, tmp_path):
     for dtype in ("auto", jnp.float32):
         read, granules = read_part(tmp_path, part, dtype=dtype)
         assert not granules
-        assert list(read) == list(part_shapes(tmp_path, part))
+        assert list(read) == list(part_shapes(tmp_path, part, read_config(tmp_path)))
         assert read.keys() == truth.keys()
         for name, value in read.items():
             matrix = stored if dtype == "auto" else "float32"
@@ -234,14 +235,14 @@ def test_float8_that_config_json_does_not_speak_of_is_refused(checkpoint):
 def test_float8_mtp_stays_float8_with_its_scales_and_the_tower_beside_it_does_not(seed, tmp_path):
     checkpoint = PartsCheckpoint(tmp_path, seed, float8=True)
     read, granules = read_part(tmp_path, "mtp", dtype=jnp.bfloat16)
-    assert set(read) == set(part_shapes(tmp_path, "mtp"))
+    assert set(read) == set(part_shapes(tmp_path, "mtp", read_config(tmp_path)))
     truth = checkpoint.mtp.state_dict()
     for name, wanted in truth.items():
         found = read[name].astype(jnp.float32)
         if is_block_scaled(name):
             assert read[name].dtype == jnp.float8_e4m3fn
             scales = read[scale_name(name)]
-            for axis, size in zip((-2, -1), granules[name], strict=True):
+            for axis, size in zip((-2, -1), granules[name].block, strict=True):
                 scales = jnp.repeat(scales, size, axis)
             found = found * scales[..., : wanted.shape[-2], : wanted.shape[-1]]
             np.testing.assert_array_equal(np.asarray(found), wanted.numpy(), name)

@@ -193,7 +193,7 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_left(tmp_path):
     # and an FP8 checkpoint is no float one
     _, good = saved(tmp_path / "good", 1, torch.float32)
     quantize_checkpoint(good, tmp_path / "fp8")
-    with pytest.raises(CheckpointError, match="in FP8 already"):
+    with pytest.raises(CheckpointError, match="quantised already"):
         quantize_checkpoint(tmp_path / "fp8", tmp_path / "again")
 
 

@@ -166,7 +166,8 @@ def test_on_every_kind_of_mesh_drafts_give_the_tokens_of_one_device_without(size
     assert accepted > drafted / 8 > 10
 
 
-@pytest.mark.parametrize(("seed", "kernels"), [(0, "auto"), pytest.param(3, "xla", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "kernels"), [(0, "auto"), (3, "xla")])
 def test_a_state_after_accepted_drafts_is_the_state_after_these_tokens_one_by_one(
     seed: int, kernels: str
 ) -> None:
@@ -292,6 +293,7 @@ def test_a_row_goes_on_where_its_drafts_give_more_than_they_cost() -> None:
 # What is asked for.
 
 
+@pytest.mark.slow
 def test_drafts_are_asked_for_where_there_are_any(tmp_path) -> None:
     drafting = model(9, 3)
     out = drafting.generate([[1, 2, 3]], max_new_tokens=30, eos_token_id=[], draft_tokens=0)

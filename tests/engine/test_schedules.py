@@ -177,6 +177,7 @@ def test_on_every_kind_of_mesh_a_request_gets_what_it_gets_alone(sizes, choices)
     check_mesh(sizes, choices, 12)
 
 
+@pytest.mark.slow
 def test_a_cached_beginning_gives_logits_as_near_the_truth_as_a_cold_one() -> None:
     """The states of a snapshot are those of a prompt that was read in other chunks."""
     model, _ = one_device(3)

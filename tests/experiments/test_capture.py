@@ -135,6 +135,7 @@ def test_every_point_holds_what_the_references_modules_gave(seed: int) -> None:
     assert compared >= 10 * model.config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_queries_and_keys_make_the_attention_and_states_are_those_of_shorter_prompts() -> None:
     model, ids = loaded(22)
     run = model.run([ids.tolist()], capture="*", states_at=(0, 63, 64, -1))

@@ -88,6 +88,7 @@ def test_the_likeliest_continuation_is_greedy_and_an_edit_is_scored() -> None:
     assert abs(edited.logprob - score.logprob) > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_what_generate_says_of_prompt_and_tokens_is_what_scores_say() -> None:
     own, rng = model(3), np.random.default_rng(1)
     prompts = [rng.integers(0, own.config.vocab_size, n).tolist() for n in (7, 30)]

@@ -60,6 +60,7 @@ def test_iterating_gives_every_piece_also_late_and_twice(engine, expected):
     assert request.result().texts == [expected[0]]
 
 
+@pytest.mark.slow
 def test_pieces_of_several_sequences_say_whose_they_are(engine):
     options = {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0, "max_new_tokens": 9}
     request = engine.submit(CHATS[0], **options)

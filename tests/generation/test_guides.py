@@ -104,6 +104,7 @@ def test_a_budget_forces_the_end_of_thinking_and_then_lets_go(model):
     assert untouched.sequences == model.generate(CHAT).sequences  # abacus does not think
 
 
+@pytest.mark.slow
 def test_banned_words_do_not_appear_however_they_are_divided(model):
     options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.5, "num_return_sequences": 16}
     free = model.generate(CHAT, seed=3, **options)
@@ -177,6 +178,7 @@ def test_the_likeliest_tokens_come_with_the_tokens(model, drafting):
         assert set(best) == set(again)
 
 
+@pytest.mark.slow
 def test_one_request_that_is_guided_changes_no_other(model):
     problems = [f"Tom has {n} apples. Anna gives him 7 more. How many apples has he?" for n in range(3, 9)]
     chats = [[{"role": "user", "content": text}] for text in problems]
@@ -241,7 +243,8 @@ def test_a_call_that_is_asked_for_is_made_with_arguments_of_its_schema(model, xm
         one.generate(CHAT, tools=[ADD], tool_choice="required", response_format=AS_JSON)
 
 
-@pytest.mark.parametrize("drafts", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [2, 0])
 def test_guided_rows_on_a_mesh_get_what_one_device_gives(model, drafts):
     mesh = make_mesh(data=2, expert=2)
     divided = QwenMoe.from_pretrained("checkpoints/abacus", dtype="float32", mesh=mesh, draft_tokens=drafts)

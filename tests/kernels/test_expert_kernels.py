@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.slow import some
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
@@ -163,7 +164,7 @@ def test_one_float8_matrix_equals_the_plain_product(tokens, block):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT32_TOLERANCE * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", some(range(6), lambda i: i < 2))
 def test_tiles_hold_every_slot_with_a_group_once_and_no_other(seed):
     rng = np.random.default_rng(seed)
     slots, groups, rows = int(rng.integers(1, 200)), int(rng.integers(1, 40)), int(rng.choice([16, 32]))

@@ -74,7 +74,7 @@ COVERING = [
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(parts, marks=pytest.mark.slow if i > 5 else ()) for i, parts in enumerate(COVERING)],
+    [pytest.param(parts, marks=pytest.mark.slow if i > 2 else ()) for i, parts in enumerate(COVERING)],
     ids=lambda parts: "-".join(map(str, parts)),
 )
 def test_a_layout_equals_one_device(layout: tuple[Any, ...]) -> None:

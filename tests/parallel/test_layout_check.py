@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.meshes import mesh_case, on_mesh
+from support.slow import some
 
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.cli import main
@@ -58,16 +59,23 @@ def test_a_good_layout_agrees_everywhere(model: QwenMoe) -> None:
 
 @pytest.mark.parametrize(
     ("name", "change", "where"),
-    [
-        ("layers.0.mlp.shared_expert.down_proj.weight", lambda w: 2 * w, ("layer 0", "shared expert")),
-        ("layers.1.mlp.experts.down_proj", lambda w: w * 1.01, ("layer 1", "routed experts")),
-        ("layers.1.mlp.experts.gate_up_proj", lambda w: np.roll(w, 1, axis=0), ("layer 1", "routed experts")),
-        ("layers.0.self_attn.k_proj.weight", lambda w: w[::-1], ("layer 0", "attention")),
-        ("layers.1.linear_attn.conv1d.weight", lambda w: w * 1.1, ("layer 1", "Gated DeltaNet")),
-        ("layers.1.linear_attn.A_log", lambda w: w * np.nan, ("layer 1", "Gated DeltaNet")),
-        ("embed_tokens.weight", lambda w: np.roll(w, 1, axis=0), ("embedding", "embedding")),
-        ("lm_head.weight", lambda w: np.roll(w, 1, axis=0), ("logits", "logits")),
-    ],
+    some(
+        [
+            ("layers.0.mlp.shared_expert.down_proj.weight", lambda w: 2 * w, ("layer 0", "shared expert")),
+            ("layers.1.mlp.experts.down_proj", lambda w: w * 1.01, ("layer 1", "routed experts")),
+            (
+                "layers.1.mlp.experts.gate_up_proj",
+                lambda w: np.roll(w, 1, axis=0),
+                ("layer 1", "routed experts"),
+            ),
+            ("layers.0.self_attn.k_proj.weight", lambda w: w[::-1], ("layer 0", "attention")),
+            ("layers.1.linear_attn.conv1d.weight", lambda w: w * 1.1, ("layer 1", "Gated DeltaNet")),
+            ("layers.1.linear_attn.A_log", lambda w: w * np.nan, ("layer 1", "Gated DeltaNet")),
+            ("embed_tokens.weight", lambda w: np.roll(w, 1, axis=0), ("embedding", "embedding")),
+            ("lm_head.weight", lambda w: np.roll(w, 1, axis=0), ("logits", "logits")),
+        ],
+        lambda i: i in (0, 2, 5),
+    ),
 )
 def test_a_disagreement_is_isolated_to_its_layer_and_branch(
     model: QwenMoe,

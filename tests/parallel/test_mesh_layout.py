@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.configs import QWEN_397B, random_config
 from support.meshes import factorisations, mesh_case, on_mesh, run
+from support.slow import some
 
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
@@ -50,7 +51,7 @@ def held(layout: Layout, stored: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: place(target, fetch)[0] for name, target in layout.targets(FLOAT32).items()}
 
 
-@pytest.mark.parametrize("seed", [2, 8, 14, 22])
+@pytest.mark.parametrize("seed", some([2, 8, 14, 22], lambda i: i % 2 == 0))
 def test_every_layout_holds_every_stored_element_and_gives_it_back(seed: int) -> None:
     stored = random_stored(ModelConfig.from_dict(random_config(seed)))
     for layout in layouts(seed):

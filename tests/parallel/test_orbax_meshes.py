@@ -49,7 +49,7 @@ config = ModelConfig.from_file(sys.argv[3])
 layout = Layout(config, make_mesh(expert=4, tensor=2), shared_expert="sharded")
 shapes = parameter_shapes(config)
 truth, _ = read_targets(sys.argv[3], layout.targets(policy), shapes)
-read, report = read_orbax_targets(sys.argv[4], layout.targets(policy), shapes)
+read, report = read_orbax_targets(sys.argv[4], layout.targets(policy), shapes, {})
 for name, value in truth.items():
     for a, b in zip(value.addressable_shards, read[name].addressable_shards, strict=True):
         assert a.index == b.index and np.array_equal(a.data, b.data), name
@@ -96,7 +96,7 @@ def test_restored_on_a_mesh_as_from_safetensors(sizes, choices, policy, folders)
     shapes = parameter_shapes(config)
     layout = Layout(config, make_mesh(*sizes), **choices)
     truth, expected = read_targets(source, layout.targets(policy), shapes)
-    read, report = read_orbax_targets(orbax, layout.targets(policy), shapes)
+    read, report = read_orbax_targets(orbax, layout.targets(policy), shapes, {})
     assert_same(read, truth)
     assert report.read_bytes == expected.read_bytes
     assert report.file_bytes == expected.file_bytes
@@ -127,7 +127,7 @@ def test_saved_from_one_mesh_and_restored_on_others(folders, tmp_path) -> None:
     for sizes in ((1, 1, 1), (1, 3, 2), (2, 1, 4)):
         layout = Layout(config, make_mesh(*sizes), shared_expert="outside")
         truth, expected = read_targets(source, layout.targets(FLOAT32), shapes)
-        read, report = read_orbax_targets(tmp_path, layout.targets(FLOAT32), shapes)
+        read, report = read_orbax_targets(tmp_path, layout.targets(FLOAT32), shapes, {})
         assert_same(read, truth)
         assert report.read_bytes == expected.read_bytes
 

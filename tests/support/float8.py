@@ -21,6 +21,16 @@ RAGGED: dict[str, Any] = {
 }
 
 
+# Matrices of the layers that published FP8 checkpoints keep in their float dtype.
+_KEPT = ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "in_proj_a.weight", "in_proj_b.weight")
+_VECTORS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", "_scale_inv")
+
+
+def is_block_scaled(name: str) -> bool:
+    """Whether published FP8 checkpoints hold a parameter, by canonical name, in float8 with block scales."""
+    return name.startswith("layers.") and not name.endswith((*_KEPT, *_VECTORS))
+
+
 @dataclasses.dataclass(frozen=True)
 class Float8Pair:
     """The same numbers twice.

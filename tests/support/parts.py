@@ -17,8 +17,9 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
-from qwen_moe_jax.checkpoint.layout import canonical_name, is_block_scaled
+from qwen_moe_jax.checkpoint.layout import canonical_name
 from support.configs import random_config
+from support.float8 import is_block_scaled
 from support.reference import build_reference
 
 FLOAT8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

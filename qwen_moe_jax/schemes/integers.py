@@ -1,0 +1,133 @@
+"""Integers in GPTQ's and AWQ's layouts: `quant_method` gptq, auto-round and awq.
+
+GPTQModel 7.7 (`quantization/config.py`), AutoRound 0.16 (`inference/convert_model.py`) and AutoAWQ 0.2.9
+(`utils/packing_utils.py`) are the sources.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme, exactly
+
+
+def read_gptq(raw: Mapping[str, Any]) -> Quantization:
+    """GPTQ, 4 or 8 bits; `dynamic` says what is otherwise: "-:" excludes, "+:" or nothing overrides.
+
+    Whether zero points are stored less one (version 1) is seen from them: see `checkpoint.packing`.
+
+    Raises:
+        ConfigError: a variant that is not implemented, by name.
+    """
+    rules = []
+    for pattern, override in _object(raw, "dynamic").items():
+        plain = _checked(pattern.removeprefix("-:").removeprefix("+:"))
+        if pattern.startswith("-:"):
+            rules.append(Rule((plain,), None))
+        else:
+            if not isinstance(override, Mapping):
+                raise ConfigError(f"dynamic's {pattern!r} has {override!r}; expected an object.")
+            rules.append(Rule((plain,), _gptq_scheme({**raw, **override})))
+    rules.append(Rule((r"lm_head\Z",), _gptq_scheme(raw) if raw.get("lm_head") else None))
+    rules.append(_inside(raw, _gptq_scheme(raw), ["model.layers", "model.language_model.layers"]))
+    return Quantization("gptq", tuple(rules), json.dumps(raw, sort_keys=True))
+
+
+def read_auto_round(raw: Mapping[str, Any]) -> Quantization:
+    """AutoRound in GPTQ's or AWQ's packing; `extra_config` has bits by layer, 16 and more for none.
+
+    Raises:
+        ConfigError: a variant that is not implemented, by name.
+    """
+    packing = str(raw.get("packing_format", "auto_round:auto_gptq")).removeprefix("auto_round:")
+    makers = {"auto_gptq": _gptq_scheme, "gptq": _gptq_scheme, "auto_awq": _awq_scheme, "awq": _awq_scheme}
+    if packing not in makers:
+        raise ConfigError(
+            f"packing_format is {raw.get('packing_format')!r}; implemented are auto_round:auto_gptq and "
+            "auto_round:auto_awq."
+        )
+    make = makers[packing]
+    exact, patterns = [], []
+    for name, override in _object(raw, "extra_config").items():
+        if not isinstance(override, Mapping):
+            raise ConfigError(f"extra_config's {name!r} has {override!r}; expected an object.")
+        bits = override.get("bits", raw.get("bits"))
+        scheme = None if isinstance(bits, int) and bits >= 16 else make({**raw, **override})
+        if re.fullmatch(r"[\w.]+", name):
+            exact.append(Rule((exactly(name),), scheme))
+        else:
+            patterns.append(Rule((f".*?(?:{_checked(name)})",), scheme))
+    rules = (*exact, *patterns, *_not_converted(raw), _inside(raw, make(raw), []))
+    return Quantization("auto-round", rules, json.dumps(raw, sort_keys=True))
+
+
+def read_awq(raw: Mapping[str, Any]) -> Quantization:
+    """AWQ, 4 bits, in the "gemm" packing; `modules_to_not_convert` are parts of names.
+
+    Raises:
+        ConfigError: a variant that is not implemented, by name.
+    """
+    rules = (*_not_converted(raw), _inside(raw, _awq_scheme(raw), []))
+    return Quantization("awq", rules, json.dumps(raw, sort_keys=True))
+
+
+def _gptq_scheme(raw: Mapping[str, Any]) -> Scheme:
+    bits, size = raw.get("bits"), raw.get("group_size", 128)
+    if bits not in (4, 8):
+        raise ConfigError(f"quantization_config has bits {bits!r}; GPTQ is implemented with 4 and 8.")
+    if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
+        raise ConfigError(f"quantization_config has group_size {size!r}; expected a positive number or -1.")
+    if raw.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise ConfigError(
+            f"checkpoint_format is {raw['checkpoint_format']!r}; implemented are 'gptq' and 'gptq_v2'."
+        )
+    packing = "gptq_v2" if raw.get("checkpoint_format") == "gptq_v2" else "gptq"
+    return Scheme(f"int{bits}", (1, max(0, size)), packing, zeros=raw.get("sym", True) is False)
+
+
+def _awq_scheme(raw: Mapping[str, Any]) -> Scheme:
+    bits = raw.get("bits", raw.get("w_bit"))
+    size = raw.get("group_size", raw.get("q_group_size", 128))
+    version = str(raw.get("version", "gemm")).lower()
+    if bits != 4 or version != "gemm":
+        raise ConfigError(
+            f"quantization_config has {bits!r} bits in version {version!r}; AWQ is implemented with 4 in "
+            "'gemm'."
+        )
+    if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
+        raise ConfigError(f"quantization_config has group_size {size!r}; expected a positive number or -1.")
+    return Scheme("int4", (1, max(0, size)), "awq", zeros=True)
+
+
+def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"quantization_config has {key} {value!r}; expected an object.")
+    return value
+
+
+def _checked(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"quantization_config has the pattern {pattern!r}, which is no regular expression ({error})."
+        ) from None
+    return pattern
+
+
+def _not_converted(raw: Mapping[str, Any]) -> list[Rule]:
+    names: Iterable[Any] = raw.get("modules_to_not_convert") or ()
+    found = tuple(f".*?{re.escape(str(name))}" for name in names)
+    return [Rule(found, None)] if found else []
+
+
+def _inside(raw: Mapping[str, Any], scheme: Scheme, blocks: list[str]) -> Rule:
+    """The rule of what is quantised unless another says otherwise: linear layers inside the blocks named."""
+    given = raw.get("block_name_to_quantize") or blocks
+    names = given.split(",") if isinstance(given, str) else list(given)
+    if not names:
+        return Rule((r"(.*\.)?layers\.\d+\.(?!mlp\.gate\Z)",), scheme)
+    return Rule(tuple(rf"{re.escape(name.strip())}\.\d+\.(?!mlp\.gate\Z)" for name in names), scheme)
