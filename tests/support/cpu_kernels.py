@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.formats.cache import KVCache
+from qwen_moe_jax.formats.codes import CODES, MatrixFormat
 from qwen_moe_jax.kernels.cpu.calls import (
     native_attention,
     native_conv,
@@ -21,8 +22,6 @@ from qwen_moe_jax.kernels.cpu.calls import (
 from qwen_moe_jax.model.attention import append_keys, blockwise_attention
 from qwen_moe_jax.model.delta_net import conv_heads, read_slots
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan
-from qwen_moe_jax.model.experts import dense_experts
-from qwen_moe_jax.model.linear import linear
 from support.delta_oracle import delta_inputs, delta_oracle
 from support.paging import in_pages
 
@@ -36,24 +35,97 @@ ROWS = (1, 2, 31, 32, 33, 63, 64, 100)
 DEPTHS = (1, 2, 15, 16, 31, 32, 33, 63, 64, 65, 100, 255, 256, 257, 1023, 1056)
 
 
-def float8(values: np.ndarray, block: tuple[int, int]) -> BlockScaled:
-    """A matrix or stack, quantised with blocks of any size (as the reader hands on granules)."""
-    *stack, rows, columns = values.shape
-    down, across = -(-rows // block[0]), -(-columns // block[1])
-    scales = np.random.default_rng(rows).uniform(0.5, 2, (*stack, down, across)).astype(np.float32) / 300
-    codes = np.zeros(values.shape, jnp.float8_e4m3fn)
-    wide = np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[..., :rows, :columns]
-    codes[...] = np.clip(values / wide, -448, 448)
-    return BlockScaled(jnp.asarray(codes), jnp.asarray(scales), block, jnp.dtype(jnp.float32), "bits")
+# Blocks of codes: groups of formats that are released, one a row, blocks of float8, granules (what a slice of
+# a matrix has where it cuts blocks), and some that fit no vector.
+BLOCKS = (
+    (1, 32),
+    (1, 64),
+    (1, 128),
+    (1, 10**6),
+    (128, 128),
+    (1, 16),
+    (1, 96),
+    (64, 64),
+    (2, 1024),
+    (3, 6),
+    (7, 5),
+)
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
+E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def draw_codes(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    codes: str,
+    block: tuple[int, int],
+    scale_dtype: str = FLOAT32,
+    zeros: bool = False,
+) -> BlockScaled:
+    """Any codes; numbers of order one over the root of the depth. Of four bits, the depth is even."""
+    form = MatrixFormat(codes, (block[0], min(block[1], shape[-1])), scale_dtype, zeros)
+    values = rng.integers(0, 256, form.values_shape(shape), np.uint8)
+    if codes == "e4m3":
+        values = np.where((values & 0x7F) == 0x7F, 0, values).view(jnp.float8_e4m3fn)
+    typical = {"e4m3": 130, "int8": 74, "int4": 4.6, "e2m1": 2.9}[codes] * shape[-1] ** 0.5
+    scales = rng.uniform(0.5, 2, form.scales_shape(shape)) / typical
+    if scale_dtype == "float8_e8m0fnu":
+        scales = 2.0 ** np.round(np.log2(scales))
+    points = rng.integers(0, 2 ** CODES[codes].bits, scales.shape, np.uint8)
+    return BlockScaled(
+        jnp.asarray(values),
+        jnp.asarray(scales.astype(jnp.dtype(scale_dtype))),
+        form.block,
+        jnp.dtype(FLOAT32),
+        "bits",
+        codes,
+        jnp.asarray(points) if zeros else None,
+    )
+
+
+def multiplied_out(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Float64, by NumPy: (the matrix, sizes of what the kernels add up to multiply with it).
+
+    These take zero points off sums of codes, so that sizes are |code| + |zero point|; codes of e2m1 are read
+    as 6 more than their numbers.
+    """
+    if not isinstance(matrix, BlockScaled):
+        numbers = np.asarray(matrix).astype(np.float64)
+        return numbers, np.abs(numbers)
+    values = np.asarray(matrix.values)
+    if matrix.codes in ("int4", "e2m1"):
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    codes = E2M1[values] if matrix.codes == "e2m1" else values.astype(np.float64)
+
+    def spread(blocks: np.ndarray) -> np.ndarray:
+        down, across = matrix.block
+        wide = np.repeat(np.repeat(blocks.astype(np.float64), down, axis=-2), across, axis=-1)
+        return wide[..., : codes.shape[-2], : codes.shape[-1]]
+
+    scales = spread(np.asarray(matrix.scales))
+    if matrix.codes == "e4m3":
+        return codes * scales, np.abs(codes * scales)
+    if matrix.codes == "e2m1":
+        return codes * scales, (np.abs(codes + 6) + 6) * scales
+    zero = {"int8": 128.0, "int4": 8.0}[matrix.codes]
+    points = zero if matrix.zeros is None else spread(np.asarray(matrix.zeros))
+    return (codes - points) * scales, (codes + points) * scales
 
 
 def draw_matrix(rng: np.random.Generator, shape: tuple[int, ...], held: str) -> Matrix:
-    """Of order one over the root of the depth."""
-    values = rng.normal(size=shape) * shape[-1] ** -0.5
-    if held == "float8":
-        block = (int(rng.choice([3, 16, 128])), int(rng.choice([5, 32, 128])))
-        return float8(values, block)
-    return jnp.asarray(values, held)
+    """Of order one over the root of the depth; codes in blocks and with scales of any kind."""
+    if held not in CODES:
+        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, held)
+    block, scales = BLOCKS[rng.integers(len(BLOCKS))], str(rng.choice(SCALE_DTYPES))
+    return draw_codes(rng, shape, held, block, scales, held.startswith("int") and bool(rng.integers(2)))
+
+
+HELD = (FLOAT32, BFLOAT16, *CODES)
+
+
+def whole_bytes(held: str, size: int) -> int:
+    """The size, or the next one that has no half a byte."""
+    return size + size % 2 if held in ("int4", "e2m1") else size
 
 
 def linear_cases(seed: int, count: int) -> Iterator[tuple[jax.Array, Matrix, str]]:
@@ -62,23 +134,36 @@ def linear_cases(seed: int, count: int) -> Iterator[tuple[jax.Array, Matrix, str
     for _ in range(count):
         tokens, rows, depth = (int(rng.choice(sizes)) for sizes in (TOKENS, ROWS, DEPTHS))
         dtype = str(rng.choice([FLOAT32, BFLOAT16]))
-        held = str(rng.choice([FLOAT32, BFLOAT16, "float8"]))
+        held = str(rng.choice(HELD))
+        depth = whole_bytes(held, depth)
         x = jnp.asarray(rng.normal(size=(tokens, depth)), dtype)
         yield x, draw_matrix(rng, (rows, depth), held), str(rng.choice([FLOAT32, BFLOAT16]))
 
 
 def check_linear(x: jax.Array, matrix: Matrix, out: str, variant: str) -> None:
-    """Within the rounding of a sum of `depth` products, and of the result."""
+    """Against float64."""
     found = jax.jit(lambda x, m: native_linears(x, [m], [out], variant)[0])(x, matrix)
-    wanted = np.asarray(linear(x, matrix, FLOAT32))
-    plain = matrix.multiplied_out(x.dtype) if isinstance(matrix, BlockScaled) else matrix
-    sizes = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(plain, np.float32)).T
+    check_product(found, x, matrix, out, variant)
+
+
+def check_product(found: jax.Array, x: jax.Array, matrix: Matrix, out: str, variant: str) -> None:
+    """Within the rounding of sums in float32 and of the result; tiles take codes rounded to bfloat16.
+
+    A sum is made of as many as there are lanes (4 or more), or, token by token, of sums of 128 products.
+    """
+    numbers, sizes = multiplied_out(matrix)
+    tokens = np.asarray(x).astype(np.float64)
+    wanted, size = tokens @ numbers.T, np.abs(tokens) @ sizes.T
+    depth = x.shape[1]
+    bound = (min(depth, 128) + depth / 4 + 8) * EPS[FLOAT32] * size
+    if "bf16" in variant or "amx" in variant:
+        bound += depth * EPS[FLOAT32] * size
+        bound += EPS[BFLOAT16] / 2 * (np.abs(tokens) @ np.abs(numbers).T) * isinstance(matrix, BlockScaled)
+    if out == BFLOAT16:
+        bound += EPS[BFLOAT16] * np.abs(wanted)
     assert found.dtype == jnp.dtype(out)
     assert found.shape == wanted.shape
-    bound = (x.shape[1] + 2) * EPS[FLOAT32] * sizes + (
-        EPS[BFLOAT16] * np.abs(wanted) if out == BFLOAT16 else 0
-    )
-    np.testing.assert_array_less(np.abs(np.asarray(found, np.float32) - wanted), bound + 1e-30)
+    np.testing.assert_array_less(np.abs(np.asarray(found).astype(np.float64) - wanted), bound + 1e-30)
 
 
 def expert_case(
@@ -100,33 +185,46 @@ def expert_cases(seed: int, count: int) -> Iterator[dict]:
     """Odd sizes, from one token to groups of several hundred."""
     rng = np.random.default_rng(seed)
     for index in range(count):
+        held = str(rng.choice(HELD))
         yield expert_case(
             seed + index,
             int(rng.choice([1, 2, 5, 16, 37, 150])),
             int(rng.integers(1, 5)),
             int(rng.choice([1, 3, 8, 64])),
-            int(rng.choice([1, 17, 32, 64, 130])),
-            int(rng.choice([1, 9, 32, 70])),
+            whole_bytes(held, int(rng.choice([1, 17, 32, 64, 130]))),
+            whole_bytes(held, int(rng.choice([1, 9, 32, 70]))),
             str(rng.choice([FLOAT32, BFLOAT16])),
-            str(rng.choice([FLOAT32, BFLOAT16, "float8"])),
+            held,
         )
 
 
-# float32: sums of a few hundred products in another order. bfloat16: gate, up, the activation and the output
-# are rounded where a sum may lie near the middle, the first three before a product that averages them. Of the
-# largest slot's size.
-EXPERT_TOLERANCE = {FLOAT32: 3e-6, BFLOAT16: 3 * 2.0**-8}
+# float32: sums of a few hundred products, and of codes and zero points, which are a few times as large.
+# bfloat16: gate, up, the activation and the output are rounded, the first three before a product that
+# averages them. Of the largest slot's size, or of what is summed of a token.
+EXPERT_TOLERANCE = {FLOAT32: 6e-6, BFLOAT16: 3 * 2.0**-8}
+
+
+def expert_slots(given: dict) -> np.ndarray:
+    """Weighted slots in float64, never rounded: [tokens, top_k, hidden]."""
+    gate_up, down = (multiplied_out(given[name])[0] for name in ("gate_up", "down"))
+    x, ids = np.asarray(given["x"]).astype(np.float64), np.asarray(given["expert_ids"])
+    slots = np.zeros((*ids.shape, x.shape[1]))
+    for token, slot in np.argwhere(ids < len(gate_up)):
+        expert = ids[token, slot]
+        gate, up = np.split(gate_up[expert] @ x[token], 2)
+        slots[token, slot] = down[expert] @ (gate / (1 + np.exp(-gate)) * up)
+    return slots * np.asarray(given["weights"], np.float64)[..., None]
 
 
 def check_experts(given: dict, variant: str, *, by_slot: bool = False) -> None:
-    """Against every expert on every token in plain XLA."""
+    """Against float64."""
     run = functools.partial(native_experts, variant=variant, by_slot=by_slot)
     found = jax.jit(lambda given: run(**given))(given)
-    slots = np.abs(np.asarray(dense_experts(**given, by_slot=True)))
-    wanted = np.asarray(dense_experts(**given, by_slot=by_slot))
+    slots = expert_slots(given)
+    wanted, sizes = (x if by_slot else x.sum(axis=1) for x in (slots, np.abs(slots)))
     assert found.dtype == jnp.float32
     tolerance = EXPERT_TOLERANCE[given["x"].dtype.name]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(slots.max(), 1e-3))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(sizes.max(), 1e-3))
 
 
 def delta_case(seed: int, batch: int, seq: int, key_heads: int, ratio: int, dims: tuple[int, int]) -> dict:

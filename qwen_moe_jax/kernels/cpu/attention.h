@@ -213,7 +213,7 @@ inline void attend_few(Pool& pool, const Attention& a) {
   float* records = memory.as<float>();
   pool.run(a.batch * spans, [&](long task) {
     long b = task / spans, begin = task % spans * SPAN;
-    long packed = round_up(Operand::bytes(choose_way(queries, a.any_keys(), a.type), queries, a.dim), 64);
+    long packed = round_up(operand_bytes(queries, a.any_keys(), a.type), 64);
     char* room = thread_memory(a.kv_heads * packed);
     Tiles tiles;
     std::deque<Asked> heads;
@@ -323,12 +323,14 @@ inline void attend_many(Pool& pool, const Attention& a) {
     long ldc = asked.padded;
     Tiles tiles;
     Matrix v{transposed.as<char>() + i * one, a.cache_type, a.dim, columns, columns * size};
-    Way way = choose_way(queries, a.any_keys(), a.type);
-    long bytes = round_up(Operand::bytes(way, queries, a.dim), 64);
-    long weight_bytes = round_up(Operand::bytes(way, queries, KEYS), 64);
+    Operand weights = operand(queries, a.any_keys(), a.type, nullptr);
+    long bytes = round_up(weights.bytes(), 64);
+    weights.depth = KEYS;
+    long weight_bytes = round_up(weights.bytes(), 64);
     // its queries, their weights, and their sums
     char* memory = thread_memory(bytes + weight_bytes + 4 * round_up(a.dim, PANEL) * ldc);
     Operand x = asked.pack(a, a.any_keys(), memory);
+    weights.data = memory + bytes;
     float* sums = (float*)(memory + bytes + weight_bytes);  // [dim][ldc]
     std::fill(sums, sums + a.dim * ldc, 0.f);
     float *scores = PanelScratch::mine().c[0], *part = PanelScratch::mine().c[1];
@@ -339,9 +341,9 @@ inline void attend_many(Pool& pool, const Attention& a) {
       softmax.weigh(scores, first, count, 1 / sqrtf((float)a.dim));
       long even = round_up(count, 2);
       if (even > count) std::fill(scores + count * ldc, scores + even * ldc, 0.f);
-      Operand weights{way, queries, even, x.pairs, memory + bytes};
-      clear_padding(weights);
+      weights.depth = even;
       for (long p = 0; p < even; p += 2) put_pair(weights, p, scores + p * ldc, scores + (p + 1) * ldc);
+      finish(weights);
       Matrix some = v;
       some.data = (const char*)v.data + first * size;
       some.columns = even;

@@ -37,21 +37,22 @@ def native_linears(
 
     Args:
         x: [..., in], float32 or bfloat16. Never rounded.
-        weights: [out, in], float32, bfloat16, or float8 with block scales, which is multiplied out as it is
-            read and, beside bfloat16 activations, rounded to bfloat16.
+        weights: [out, in], float32, bfloat16, or codes with block scales, whose products are those of the
+            multiplied-out matrix in float32; where the processor multiplies bfloat16 itself, those of more
+            than 8 bfloat16 tokens are of that matrix rounded to bfloat16.
         out_dtypes: of the results, float32 or bfloat16.
         variant: of the library.
 
     Returns:
         [..., out] each.
     """
-    operands, results, blocks = [x], [], []
+    operands, results, forms = [x], [], []
     for weight, dtype in zip(weights, out_dtypes, strict=True):
-        values, scales, block = _parts(weight)
-        operands += [values, scales]
-        results.append(jax.ShapeDtypeStruct((*x.shape[:-1], values.shape[0]), dtype))
-        blocks += block
-    return _call(variant, "linear", tuple(operands), results, blocks=np.asarray(blocks, np.int64))
+        parts, form = _parts(weight)
+        operands += parts
+        forms += form
+        results.append(jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[0]), dtype))
+    return _call(variant, "linear", tuple(operands), results, forms=np.asarray(forms, np.int64))
 
 
 def native_experts(
@@ -65,18 +66,15 @@ def native_experts(
     by_slot: bool = False,
 ) -> jax.Array:
     """The routed experts; arguments and result as of `model/experts.py`."""
-    up_values, up_scales, up_block = _parts(gate_up)
-    down_values, down_scales, down_block = _parts(down)
+    up_parts, up_form = _parts(gate_up)
+    down_parts, down_form = _parts(down)
     shape = (*expert_ids.shape, x.shape[1]) if by_slot else x.shape
     return _call(
         variant,
         "experts",
-        (x, expert_ids, weights, up_values, up_scales, down_values, down_scales),
+        (x, expert_ids, weights, *up_parts, *down_parts),
         [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        up_block_rows=up_block[0],
-        up_block_columns=up_block[1],
-        down_block_rows=down_block[0],
-        down_block_columns=down_block[1],
+        forms=np.asarray(up_form + down_form, np.int64),
         by_slot=by_slot,
     )[0]
 
@@ -237,11 +235,21 @@ def _recurrence(
     return output, state
 
 
-def _parts(weight: Matrix) -> tuple[jax.Array, jax.Array, tuple[int, int]]:
-    """Values, scales (of one element where there are none) and their block."""
-    if isinstance(weight, BlockScaled):
-        return weight.values, weight.scales, weight.block
-    return weight, jnp.zeros((1, 1), jnp.float32), (1, 1)
+# What the C++ calls number formats; 0 is an array of plain numbers.
+_CODES = {"e4m3": 1, "int8": 2, "int4": 3, "e2m1": 4}
+
+
+def _parts(weight: Matrix) -> tuple[list[jax.Array], list[int]]:
+    """([values, scales, zero points], [codes, rows and columns of a block, whether there are zero points]).
+
+    Scales and zero points have one element where there are none.
+    """
+    no_zeros = jnp.zeros((1, 1), jnp.uint8)
+    if not isinstance(weight, BlockScaled):
+        return [weight, jnp.zeros((1, 1), jnp.float32), no_zeros], [0, 1, 1, 0]
+    zeros = no_zeros if weight.zeros is None else weight.zeros
+    form = [_CODES[weight.codes], *weight.block, weight.zeros is not None]
+    return [weight.values, weight.scales, zeros], form
 
 
 def _call(

@@ -22,8 +22,9 @@ struct Group {
 inline Matrix expert_of(const Matrix& stack, long e) {
   Matrix one = stack;
   one.data = stack.row(e * stack.rows);
-  long down = (stack.rows + stack.block_rows - 1) / stack.block_rows;
-  if (stack.scales) one.scales = stack.scales + e * down * stack.scales_across();
+  long scales = e * stack.scales_down * stack.scales_across();
+  if (stack.scales) one.scales = (const char*)stack.scales + scales * scale_size(stack.scale_type);
+  if (stack.zeros) one.zeros = stack.zeros + scales;
   return one;
 }
 
@@ -44,8 +45,7 @@ inline std::vector<int> sort_slots(const Experts& e, std::vector<Group>& found) 
   for (long i = 0; i < e.count; i++)
     for (long s = begin[i]; s < begin[i + 1]; s += MOST) {
       Group group{i, s, std::min(MOST, begin[i + 1] - s), inner};
-      inner +=
-          round_up(Operand::bytes(choose_way(group.count, e.down, e.type), group.count, e.down.columns), 64);
+      inner += round_up(operand_bytes(group.count, e.down, e.type), 64);
       found.push_back(group);
     }
   return order;
@@ -72,7 +72,7 @@ inline void run_experts(Pool& pool, const Experts& e) {
   size_t inner_bytes = 64;
   if (!found.empty()) {
     const Group& last = found.back();
-    inner_bytes += last.inner + Operand::bytes(choose_way(last.count, e.down, e.type), last.count, inner);
+    inner_bytes += last.inner + operand_bytes(last.count, e.down, e.type);
   }
   Workspace inner_memory(inner_bytes), slot_memory(all * hidden * size + 64);
   char* slot_outputs = slot_memory.as<char>();  // [sorted slot, hidden], rounded
@@ -89,14 +89,14 @@ inline void run_experts(Pool& pool, const Experts& e) {
   };
 
   long up_panels = (inner + PANEL - 1) / PANEL;
+  std::vector<std::atomic<long>> left(found.size());  // panels of each group
+  for (auto& panels : left) panels = up_panels;
   auto up_product = [&](const Group& g, long begin, long end) {
     PanelScratch& scratch = PanelScratch::mine();
     Matrix gate_up = expert_of(e.gate_up, g.expert);
-    long bytes = Operand::bytes(choose_way(g.count, gate_up, e.type), g.count, gate_up.columns);
-    Operand x = operand(g.count, gate_up, e.type, thread_memory(bytes));
+    Operand x = operand(g.count, gate_up, e.type, thread_memory(operand_bytes(g.count, gate_up, e.type)));
     for (long t = 0; t < g.count; t += Operand::group(x.way)) pack_group(x, e.x, e.type, &rows[g.first], t);
     Operand to = inner_of(g);
-    if (end == up_panels) clear_padding(to);
     long ldc = x.pitch();
     float *gate = scratch.c[0], *up = scratch.c[1];
     Matrix gates = gate_up, ups = gate_up;
@@ -113,6 +113,9 @@ inline void run_experts(Pool& pool, const Experts& e) {
       for (long r = 0; r < count; r += 2)
         put_pair(to, first + r, gate + r * ldc, r + 1 < count ? gate + (r + 1) * ldc : nullptr);
     }
+    // whoever computed the last panels finishes what the second product reads
+    std::atomic<long>& missing = left[&g - found.data()];
+    if (missing.fetch_sub(end - begin, std::memory_order_acq_rel) == end - begin) finish(to);
   };
   pool.run_ranges(groups_found * up_panels, std::max(1L, EXPERT_RUN / (2 * PANEL * e.gate_up.stride)),
                   by_group(up_panels, up_product));

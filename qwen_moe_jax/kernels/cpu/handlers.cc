@@ -44,16 +44,26 @@ EXPORTED int qwen_moe_jax_copy_finite(char* to, const char* from, long bytes, in
   return copy_finite(to, from, bytes, size == 4 ? Type::F32 : size == 2 ? Type::BF16 : Type::F8);
 }
 
+// Of an array of plain numbers.
 static bool type_of(const ffi::AnyBuffer& buffer, Type& type) {
-  switch (buffer.element_type()) {
+  bool wide = buffer.element_type() == ffi::DataType::F32;
+  type = wide ? Type::F32 : Type::BF16;
+  return wide || buffer.element_type() == ffi::DataType::BF16;
+}
+
+static bool scale_type_of(const ffi::AnyBuffer& scales, ScaleType& type) {
+  switch (scales.element_type()) {
     case ffi::DataType::F32:
-      type = Type::F32;
+      type = ScaleType::F32;
       return true;
     case ffi::DataType::BF16:
-      type = Type::BF16;
+      type = ScaleType::BF16;
       return true;
-    case ffi::DataType::F8E4M3FN:
-      type = Type::F8;
+    case ffi::DataType::F16:
+      type = ScaleType::F16;
+      return true;
+    case ffi::DataType::F8E8M0FNU:
+      type = ScaleType::E8M0;
       return true;
     default:
       return false;
@@ -64,32 +74,53 @@ static ffi::Error wrong(const char* what) {
   return ffi::Error::InvalidArgument(std::string("qwen_moe_jax: ") + what);
 }
 
-// The last two dimensions of an array are a matrix; `scales` are read of float8 only.
-static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int64_t block_rows,
-                      int64_t block_columns, bool round, Matrix& matrix) {
+// How calls.py describes a matrix: codes (0: plain numbers, and else in the order of CODES), rows and columns
+// of a block, and whether there are zero points.
+using Form = ffi::Span<const int64_t>;
+constexpr size_t FORM = 4;  // numbers a matrix
+
+// The last two dimensions of an array are a matrix; scales and zeros are read of codes only.
+static bool matrix_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, const ffi::AnyBuffer& zeros,
+                      const int64_t* form, Matrix& matrix) {
+  constexpr Type CODES[] = {Type::F8, Type::I8, Type::I4, Type::E2M1};
   auto shape = w.dimensions();
-  if (shape.size() < 2 || !type_of(w, matrix.type)) return false;
+  if (shape.size() < 2 || form[0] < 0 || form[0] > 4) return false;
   matrix.data = w.untyped_data();
   matrix.rows = shape[shape.size() - 2];
   matrix.columns = shape[shape.size() - 1];
-  matrix.stride = matrix.columns * size_of(matrix.type);
-  if (matrix.type != Type::F8) return true;
+  if (form[0] == 0) {
+    if (!type_of(w, matrix.type)) return false;
+    matrix.stride = matrix.row_bytes();
+    return true;
+  }
+  matrix.type = CODES[form[0] - 1];
+  auto held = matrix.type == Type::F8 ? ffi::DataType::F8E4M3FN : ffi::DataType::U8;
+  if (w.element_type() != held || form[1] <= 0 || form[2] <= 0) return false;
+  matrix.columns *= 8 / bits_of(matrix.type);
+  matrix.stride = matrix.row_bytes();
+  matrix.block_rows = form[1], matrix.block_columns = form[2];
+  // a scale for each block of each matrix, and as many zero points
   auto blocks = scales.dimensions();
-  matrix.scales = (const float*)scales.untyped_data();
-  matrix.block_rows = block_rows;
-  matrix.block_columns = block_columns;
-  matrix.round = round;
-  return scales.element_type() == ffi::DataType::F32 && blocks.size() == shape.size() && block_rows > 0 &&
-         block_columns > 0 && blocks[blocks.size() - 2] * block_rows >= matrix.rows &&
-         blocks[blocks.size() - 1] == matrix.scales_across();
+  if (!scale_type_of(scales, matrix.scale_type) || blocks.size() != shape.size()) return false;
+  for (size_t i = 0; i + 2 < shape.size(); i++)
+    if (blocks[i] != shape[i]) return false;
+  matrix.scales = scales.untyped_data();
+  matrix.scales_down = blocks[blocks.size() - 2];
+  if (matrix.scales_down * matrix.block_rows < matrix.rows || blocks.back() != matrix.scales_across())
+    return false;
+  if (!form[3]) return true;
+  matrix.zeros = (const uint8_t*)zeros.untyped_data();
+  auto points = zeros.dimensions();
+  return (matrix.type == Type::I8 || matrix.type == Type::I4) && zeros.element_type() == ffi::DataType::U8 &&
+         points.size() == blocks.size() && std::equal(points.begin(), points.end(), blocks.begin());
 }
 
 // Rows of a table, widened; an id outside of it takes the nearest one, as XLA's lookup does.
 static ffi::Error Rows(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids,
                        ffi::Result<ffi::Buffer<ffi::F32>> out) {
   Matrix matrix;
-  if (!matrix_of(table, table, 1, 1, false, matrix) || matrix.type == Type::F8)
-    return wrong("rows: the table");
+  constexpr int64_t plain[FORM] = {};
+  if (!matrix_of(table, table, table, plain, matrix)) return wrong("rows: the table");
   for (size_t i = 0; i < ids.element_count(); i++) {
     long row = std::clamp((long)ids.typed_data()[i], 0L, matrix.rows - 1);
     widen(matrix, row, 0, matrix.columns, matrix.columns, out->typed_data() + i * matrix.columns);
@@ -101,23 +132,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     qwen_moe_jax_rows, Rows,
     ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
 
-// Matrices and their scales in turns; for each one a result and two numbers of `blocks`.
+// Matrices, their scales and zero points in turns; for each one a result, and a form.
 static ffi::Error Linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::RemainingArgs matrices,
-                         ffi::RemainingRets results, ffi::Span<const int64_t> blocks) {
+                         ffi::RemainingRets results, Form forms) {
   Type x_type;
-  if (!type_of(x, x_type) || x_type == Type::F8) return wrong("linear: x is float32 or bfloat16");
-  if (matrices.size() != 2 * results.size() || blocks.size() != 2 * results.size() || results.size() == 0)
-    return wrong("linear: a result, scales and a block for each matrix");
+  if (!type_of(x, x_type)) return wrong("linear: x is float32 or bfloat16");
+  if (matrices.size() != 3 * results.size() || forms.size() != FORM * results.size() || results.size() == 0)
+    return wrong("linear: a result, scales, zero points and a form for each matrix");
   std::vector<Product> products;
   for (size_t i = 0; i < results.size(); i++) {
-    auto w = matrices.get<ffi::AnyBuffer>(2 * i), scales = matrices.get<ffi::AnyBuffer>(2 * i + 1);
+    auto w = matrices.get<ffi::AnyBuffer>(3 * i), scales = matrices.get<ffi::AnyBuffer>(3 * i + 1),
+         zeros = matrices.get<ffi::AnyBuffer>(3 * i + 2);
     auto out = results.get<ffi::AnyBuffer>(i);
-    if (!w || !scales || !out) return wrong("linear: arguments");
+    if (!w || !scales || !zeros || !out) return wrong("linear: arguments");
     Product product;
-    if (!matrix_of(*w, *scales, blocks[2 * i], blocks[2 * i + 1], x_type == Type::BF16, product.w))
+    if (!matrix_of(*w, *scales, *zeros, forms.begin() + FORM * i, product.w))
       return wrong("linear: a matrix");
     if (x.dimensions().back() != product.w.columns) return wrong("linear: x and a matrix do not fit");
-    if (!type_of(**out, product.type) || product.type == Type::F8) return wrong("linear: dtype of a result");
+    if (!type_of(**out, product.type)) return wrong("linear: dtype of a result");
     product.out = (char*)(*out)->untyped_data();
     products.push_back(product);
   }
@@ -127,25 +159,21 @@ static ffi::Error Linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Remaini
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_linear, Linear,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<ffi::Span<const int64_t>>("blocks"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qwen_moe_jax_linear, Linear,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets().Attr<Form>(
+        "forms"));
 
+// Scales, zero points and forms as of Linear.
 static ffi::Error ExpertLayer(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> ids,
                               ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up, ffi::AnyBuffer up_scales,
-                              ffi::AnyBuffer down, ffi::AnyBuffer down_scales,
-                              ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t up_block_rows,
-                              int64_t up_block_columns, int64_t down_block_rows, int64_t down_block_columns,
+                              ffi::AnyBuffer up_zeros, ffi::AnyBuffer down, ffi::AnyBuffer down_scales,
+                              ffi::AnyBuffer down_zeros, ffi::Result<ffi::Buffer<ffi::F32>> out, Form forms,
                               bool by_slot) {
   Experts e;
-  if (!type_of(x, e.type) || e.type == Type::F8) return wrong("experts: x is float32 or bfloat16");
-  bool round = e.type == Type::BF16;
-  if (!matrix_of(gate_up, up_scales, up_block_rows, up_block_columns, round, e.gate_up) ||
-      !matrix_of(down, down_scales, down_block_rows, down_block_columns, round, e.down))
+  if (!type_of(x, e.type)) return wrong("experts: x is float32 or bfloat16");
+  if (forms.size() != 2 * FORM || !matrix_of(gate_up, up_scales, up_zeros, forms.begin(), e.gate_up) ||
+      !matrix_of(down, down_scales, down_zeros, forms.begin() + FORM, e.down))
     return wrong("experts: matrices");
   e.x = (const char*)x.untyped_data();
   e.ids = ids.typed_data();
@@ -173,11 +201,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_experts, ExpertLayer,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("up_block_rows")
-                                  .Attr<int64_t>("up_block_columns")
-                                  .Attr<int64_t>("down_block_rows")
-                                  .Attr<int64_t>("down_block_columns")
+                                  .Attr<Form>("forms")
                                   .Attr<bool>("by_slot"));
 
 using Float32s = ffi::Buffer<ffi::F32>;
@@ -194,7 +221,7 @@ static ffi::Error Conv(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32s weigh
                        ffi::Result<Float32s> key, ffi::Result<Float32s> value,
                        ffi::Result<ffi::AnyBuffer> new_carried) {
   Type type;
-  if (!type_of(x, type) || type == Type::F8 || carried.element_type() != x.element_type())
+  if (!type_of(x, type) || carried.element_type() != x.element_type())
     return wrong("conv: inputs are float32 or bfloat16");
   auto keys = key->dimensions(), values = value->dimensions(), taps = weight.dimensions();
   if (keys.size() != 4 || values.size() != 4 || taps.size() != 2 ||
@@ -303,7 +330,7 @@ static ffi::Error Attend(ffi::ThreadPool threads, ffi::AnyBuffer query, ffi::Any
   Attention a;
   auto shape = query.dimensions(), cache = k.dimensions();
   Type key_type, value_type;
-  if (!type_of(query, a.type) || a.type == Type::F8 || !type_of(k, a.cache_type) || a.cache_type == Type::F8)
+  if (!type_of(query, a.type) || !type_of(k, a.cache_type))
     return wrong("attention: queries and cache are float32 or bfloat16");
   if (!type_of(key, key_type) || !type_of(value, value_type) || key_type != a.type || value_type != a.type ||
       v.element_type() != k.element_type())
@@ -353,8 +380,8 @@ static ffi::Error Append(ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::Buffer<f
   Attention a;
   auto shape = key.dimensions(), cache = k.dimensions(), table = tables.dimensions();
   Type value_type;
-  if (!type_of(key, a.type) || a.type == Type::F8 || !type_of(k, a.cache_type) || a.cache_type == Type::F8 ||
-      !type_of(value, value_type) || value_type != a.type || v.element_type() != k.element_type())
+  if (!type_of(key, a.type) || !type_of(k, a.cache_type) || !type_of(value, value_type) ||
+      value_type != a.type || v.element_type() != k.element_type())
     return wrong("append: keys, values and cache are float32 or bfloat16, and both of one dtype");
   if (shape.size() != 4 || cache.size() != 4 || shape[2] != cache[2] || shape[3] != cache[3] ||
       table.size() != 2 || table[0] != shape[0])

@@ -51,11 +51,10 @@ struct Product {
 // cost little beside large ones.
 inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
                    const std::vector<Product>& products) {
-  long depth = products[0].w.columns, bytes = 0;
-  size_t room = 0;
+  long bytes = 0, room = 0;
   for (const Product& p : products) {
     bytes += p.w.rows * p.w.stride;
-    room = std::max(room, Operand::bytes(choose_way(tokens, p.w, x_type), tokens, depth));
+    room = std::max(room, operand_bytes(tokens, p.w, x_type));
   }
   room = round_up(room + 64, 64);
   // matrices of several dtypes may want x packed in several ways
@@ -67,7 +66,7 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
     Operand own = operand(tokens, p.w, x_type, memory.as<char>() + room * packed.size());
     const Operand* found = nullptr;
     for (const Operand& other : packed)
-      if (other.way == own.way && other.pairs == own.pairs) found = &other;
+      if (other.way == own.way && other.packing == own.packing) found = &other;
     if (!found) {
       pack_all(pool, own, x, x_type);
       packed.push_back(own);
@@ -81,8 +80,7 @@ inline void linear(Pool& pool, const char* x, Type x_type, long tokens,
     ends.push_back((ends.empty() ? 0 : ends.back()) + (p.w.rows + PANEL - 1) / PANEL);
   long panels = ends.back();
   // tokens of a round, which stay in the second cache while all panels pass by
-  long own_bytes = Operand::bytes(packed[0].way, 32, depth),
-       round = std::clamp(ROUND / own_bytes * 32, 32L, TOKENS);
+  long own_bytes = packed[0].bytes(32), round = std::clamp(ROUND / own_bytes * 32, 32L, TOKENS);
   auto multiply = [&](long r, long begin, long end) {
     long first_token = r * round;
     PanelScratch& scratch = PanelScratch::mine();

@@ -1,27 +1,89 @@
-// A matrix as it lies in memory: float32, bfloat16, or float8 with a scale for each block.
+// A matrix as it lies in memory: float32, bfloat16, or codes of few bits with a scale for each block of them.
 #pragma once
 #include <algorithm>
 
 #include "simd.h"
 
-enum class Type { F32, BF16, F8 };
+// Of codes, as formats/codes.py says: F8 is float8_e4m3fn; of I4 and E2M1 two share a byte, the element of
+// even index in the lower half.
+enum class Type { F32, BF16, F8, I8, I4, E2M1 };
+enum class ScaleType { F32, BF16, F16, E8M0 };
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
-inline long size_of(Type type) { return type == Type::F32 ? 4 : type == Type::BF16 ? 2 : 1; }
+inline long bits_of(Type type) {
+  return type == Type::F32 ? 32 : type == Type::BF16 ? 16 : type == Type::F8 || type == Type::I8 ? 8 : 4;
+}
+// Bytes of an element that has whole ones.
+inline long size_of(Type type) { return bits_of(type) / 8; }
+inline bool is_codes(Type type) { return type != Type::F32 && type != Type::BF16; }
 inline Floats rounded(Floats x, Type type) { return type == Type::F32 ? x : (Floats)round_bf16(x); }
 
+// An element of codes is (code - zero) * scale.
 struct Matrix {
   const void* data;
   Type type;
   long rows, columns, stride;  // bytes from one row to the next
-  // of F8: a scale for each block, and whether the products are rounded to bfloat16
-  const float* scales = nullptr;
+  // of codes, for each block: a scale, and of some integers a zero point
+  const void* scales = nullptr;
+  ScaleType scale_type = ScaleType::F32;
+  const uint8_t* zeros = nullptr;
   long block_rows = 1, block_columns = 1;
-  bool round = false;
+  long scales_down = 1;  // rows of scales, and of zero points
 
   const char* row(long r) const { return (const char*)data + r * stride; }
+  long row_bytes() const { return columns * bits_of(type) / 8; }
   long scales_across() const { return (columns + block_columns - 1) / block_columns; }
 };
+
+// The zero point where none is stored; E2M1 has it too, since its codes are read as twice their numbers and
+// 12 more.
+inline long zero_of(Type type) {
+  return type == Type::I8 ? 128 : type == Type::I4 ? 8 : type == Type::E2M1 ? 12 : 0;
+}
+
+// --- Scales
+
+inline long scale_size(ScaleType type) {
+  return type == ScaleType::F32 ? 4 : type == ScaleType::E8M0 ? 1 : 2;
+}
+
+inline float from_f16(uint16_t bits) {
+  uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023u;
+  // no subnormal float32 on the way: XLA's threads take those for zero
+  if (exponent == 0) return (bits & 0x8000 ? -0x1p-24f : 0x1p-24f) * (float)mantissa;
+  uint32_t wide = (bits & 0x8000u) << 16 | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+
+// The code 0, 2^-127, is subnormal in float32.
+inline float from_e8m0(uint8_t exponent) {
+  uint32_t wide = exponent ? (uint32_t)exponent << 23 : 1u << 22;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+
+inline float scale_at(const Matrix& w, long i) {
+  if (w.scale_type == ScaleType::F32) return ((const float*)w.scales)[i];
+  if (w.scale_type == ScaleType::BF16) return from_bf16(((const uint16_t*)w.scales)[i]);
+  if (w.scale_type == ScaleType::F16) return from_f16(((const uint16_t*)w.scales)[i]);
+  return from_e8m0(((const uint8_t*)w.scales)[i]);
+}
+
+// `count` scales, from number `first` on.
+inline void widen_scales(const Matrix& w, long first, long count, float* out) {
+  long i = 0;
+#if defined(__F16C__)
+  if (w.scale_type == ScaleType::F16)
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load<__m128i>((const uint16_t*)w.scales + first + i)));
+#endif
+  for (; i < count; i++) out[i] = scale_at(w, first + i);
+}
+
+// --- Codes in the order of their elements
 
 // LANES numbers of float8_e4m3fn, finite, over 256. All but their signs, seven places further up, are the
 // bits of a float16 of 1/256 of the value, subnormal ones included.
@@ -33,23 +95,71 @@ inline Floats from_float8(const uint8_t* from) {
   __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)from)), 7);
   return (Floats)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
 #else
-  // Exponent and mantissa move to where a float32 has them, and the exponent's bias is corrected; subnormals,
-  // m * 2^-9, are what is left of (1 + m / 8) * 2^-6 without the 1.
-  Words bits = widen_bytes(from), sign = (bits & 0x80u) << 24, rest = bits & 0x7fu;
-  Floats normal = (Floats)((rest << 20) + (112u << 23));
-  Floats small = (Floats)((rest << 20) + (113u << 23)) - (Floats)(Words{} + (113u << 23));
-  Words value = (rest < 8u) ? (Words)small : (Words)normal;
-  return (Floats)(value | sign);
+  return float8_of_bytes(widen_bytes(from));
 #endif
 }
 
-// The same, times the scale of their block, rounded as the products of its matrix are.
-inline Floats float8_times(const uint8_t* from, float scale_256, bool round) {
-  Floats value = from_float8(from) * scale_256;
-  return round ? (Floats)round_number_bf16(value) : value;
+// A code of e2m1, 0 .. 15, as twice its number, -12 .. 12, and 12 more.
+inline int e2m1_byte(int code) {
+  int magnitude = code & 7;
+  int twice = std::max(magnitude, std::max(2 * magnitude - 4, 4 * magnitude - 16));
+  return code & 8 ? 12 - twice : 12 + twice;
 }
 
-// Elements begin .. begin + count - 1 of a row, in float32; zeros up to `padded`.
+// Codes of four bits, `count` of them, a byte each.
+inline void unpack_nibbles(const uint8_t* from, long count, uint8_t* out) {
+  for (long i = 0; i < count / 2; i++) {
+    out[2 * i] = from[i] & 15;
+    out[2 * i + 1] = from[i] >> 4;
+  }
+  if (count % 2) out[count - 1] = from[count / 2] & 15;
+}
+
+// `count` codes of one block, a byte each, less `zero` and times `scale`.
+inline void multiply_out(Type type, const uint8_t* from, long count, float scale, long zero, float* out) {
+  auto number = [&](const uint8_t* bytes) {
+    if (type == Type::F8) return from_float8(bytes) * scale;
+    return __builtin_convertvector((Ints)widen_bytes(bytes) - (int)zero, Floats) * scale;
+  };
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) store(out + i, number(from + i));
+  if (i < count) {
+    uint8_t part[LANES] = {};
+    float wide[LANES];
+    memcpy(part, from + i, count - i);
+    store(wide, number(part));
+    memcpy(out + i, wide, 4 * (count - i));
+  }
+}
+
+// Elements begin .. begin + count - 1 of a row of codes, multiplied out; `begin` is even.
+inline void widen_codes(const Matrix& w, long row, long begin, long count, float* out) {
+  constexpr long CHUNK = 256;
+  long blocks = row / w.block_rows * w.scales_across(), some;
+  float unit = w.type == Type::F8 ? 256 : w.type == Type::E2M1 ? 0.5f : 1;  // what is read as one
+  for (long i = 0; i < count; i += some) {
+    some = std::min(CHUNK, count - i);
+    const uint8_t* from = (const uint8_t*)w.row(row) + (begin + i) * bits_of(w.type) / 8;
+    uint8_t bytes[CHUNK];
+    if (bits_of(w.type) == 4) {
+      unpack_nibbles(from, some, bytes);
+      if (w.type == Type::E2M1)
+        for (long j = 0; j < some; j++) bytes[j] = (uint8_t)e2m1_byte(bytes[j]);
+      from = bytes;
+    }
+    for (long j = 0; j < some;) {
+      long block = (begin + i + j) / w.block_columns;
+      long end = std::min(some, (block + 1) * w.block_columns - begin - i);
+      float scale = scale_at(w, blocks + block) * unit;
+      long zero = w.zeros ? w.zeros[blocks + block] : zero_of(w.type);
+      multiply_out(w.type, from + j, end - j, scale, zero, out + i + j);
+      j = end;
+    }
+  }
+}
+
+// Elements begin .. begin + count - 1 of a row, in float32; zeros up to `padded`. Of four bits, `begin` is
+// even.
 inline void widen(const Matrix& w, long row, long begin, long count, long padded, float* out) {
   long i = 0;
   if (w.type == Type::F32) {
@@ -63,22 +173,8 @@ inline void widen(const Matrix& w, long row, long begin, long count, long padded
     }
     for (; i < count; i++) out[i] = from_bf16(from[i]);
   } else {
-    const uint8_t* from = (const uint8_t*)w.row(row) + begin;
-    const float* scales = w.scales + row / w.block_rows * w.scales_across();
-    while (i < count) {
-      long block = (begin + i) / w.block_columns,
-           end = std::min(count, (block + 1) * w.block_columns - begin);
-      float scale = 256.f * scales[block];
-      for (; i + LANES <= end; i += LANES) store(out + i, float8_times(from + i, scale, w.round));
-      if (i < end) {
-        uint8_t part[LANES] = {};
-        float wide[LANES];
-        memcpy(part, from + i, end - i);
-        store(wide, float8_times(part, scale, w.round));
-        memcpy(out + i, wide, 4 * (end - i));
-        i = end;
-      }
-    }
+    widen_codes(w, row, begin, count, out);
+    i = count;
   }
   for (; i < padded; i++) out[i] = 0;
 }

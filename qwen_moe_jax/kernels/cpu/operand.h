@@ -2,7 +2,7 @@
 // FMA multiplies vectors of tokens in float32; TILES multiplies pairs of bfloat16 by the processor's
 // instructions for them (AMX's tiles, or vdpbf16ps).
 #pragma once
-#include "matrix.h"
+#include "codes.h"
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #define HAS_TILES
@@ -16,43 +16,82 @@ inline long place_of_pair(long k) {
   return k - within + within / 2 + (within % 2 ? LANES : 0);
 }
 
+// How DOT's tokens lie beside a matrix.
+struct Packing {
+  Type type =
+      Type::F32;  // F32: in order; BF16: as of place_of_pair; of codes: as Codes<type> has its numbers
+  long unit = 0;  // of codes with a bias: elements of `Units`, before which their sums stand
+
+  bool operator==(const Packing& other) const { return type == other.type && unit == other.unit; }
+};
+
+// Codes in blocks that do not fit vectors are widened first.
+inline Packing packing_of(const Matrix& w) {
+  if (!is_codes(w.type)) return {w.type, 0};
+  long unit = units_of(w).unit;
+  if (unit == 0) return {};
+  return {w.type, info_of(w.type).bias == 0 ? 0 : unit};
+}
+
 // Tokens as a way reads them.
 struct Operand {
   Way way;
   long tokens, depth;
-  bool pairs;  // DOT beside bfloat16: as of place_of_pair
+  Packing packing;
   char* data;
 
-  static long padded_depth(Way way, long depth) {
-    return way == Way::DOT ? round_up(depth, 2 * LANES) : way == Way::FMA ? depth : round_up(depth, 32);
-  }
   static long group(Way way) { return way == Way::DOT ? 1 : way == Way::FMA ? LANES : 16; }
-  static size_t bytes(Way way, long tokens, long depth) {
-    return round_up(tokens, group(way)) * padded_depth(way, depth) * (way == Way::TILES ? 2 : 4);
+  // elements of a token, with zeros behind its depth
+  long padded() const {
+    if (way == Way::FMA) return depth;
+    if (way == Way::TILES) return round_up(depth, 32);
+    return round_up(depth, is_codes(packing.type) ? info_of(packing.type).step : 2 * LANES);
   }
+  // numbers of a token
+  long numbers() const {
+    bool sums = way == Way::DOT && packing.unit;
+    return padded() + (sums ? (depth + packing.unit - 1) / packing.unit * LANES : 0);
+  }
+  size_t bytes(long some) const {
+    return round_up(some, group(way)) * numbers() * (way == Way::TILES ? 2 : 4);
+  }
+  size_t bytes() const { return bytes(tokens); }
   // from token `first` on, a multiple of group()
   Operand from(long first, long count) const {
     Operand part = *this;
-    part.data += bytes(way, first, depth);
+    part.data += bytes(first);
     part.tokens = count;
     return part;
   }
   // columns of a panel's result: DOT writes single numbers, the others whole vectors
   long pitch() const { return way == Way::DOT ? tokens : round_up(tokens, LANES); }
-  // where token t's element k is in a DOT row
-  long place(long k) const { return pairs ? place_of_pair(k) : k; }
+
+  // Of DOT: a token's numbers, where its element k is among them, and what that is multiplied by.
+  float* token(long t) const { return (float*)data + t * numbers(); }
+  long place(long k) const {
+    if (packing.type == Type::F32) return k;
+    if (packing.type == Type::BF16) return place_of_pair(k);
+    const CodesInfo& info = info_of(packing.type);
+    long sums = packing.unit ? (k / packing.unit + 1) * LANES : 0;
+    return sums + k / info.step * info.step + info.place[k % info.step];
+  }
+  float factor(long k) const {
+    if (!is_codes(packing.type)) return 1;
+    const CodesInfo& info = info_of(packing.type);
+    return info.factor[k % info.step];
+  }
 };
 
 inline Way choose_way(long tokens, [[maybe_unused]] const Matrix& w, [[maybe_unused]] Type x) {
 #if defined(HAS_TILES)
+  // codes are widened for tiles, which takes as long as DOT's products of a few tokens
 #if defined(__AMX_BF16__)
-  constexpr long LEAST = 4;
+  long least = is_codes(w.type) ? 9 : 4;
 #else
-  constexpr long LEAST = 9;
+  constexpr long least = 9;
 #endif
   // rows of float32 would be rounded
-  bool exact = x == Type::BF16 && (w.type == Type::BF16 || (w.type == Type::F8 && w.round));
-  if (exact && tokens >= LEAST) return Way::TILES;
+  if (x == Type::BF16 && w.type != Type::F32 && tokens >= least) return Way::TILES;
 #endif
   // up to here the sums along vectors are as fast as those token by token, and nearer the truth
   constexpr long FEW = 16;
@@ -60,19 +99,80 @@ inline Way choose_way(long tokens, [[maybe_unused]] const Matrix& w, [[maybe_unu
 }
 
 inline Operand operand(long tokens, const Matrix& w, Type x, char* data) {
-  return {choose_way(tokens, w, x), tokens, w.columns, w.type == Type::BF16, data};
+  Way way = choose_way(tokens, w, x);
+  return {way, tokens, w.columns, way == Way::DOT ? packing_of(w) : Packing{}, data};
+}
+
+// Bytes that tokens take as this matrix wants them.
+inline long operand_bytes(long tokens, const Matrix& w, Type x) {
+  return operand(tokens, w, x, nullptr).bytes();
+}
+
+// What of DOT's tokens depends on all of their elements, when those are in their places: zeros behind the
+// last one, and before each unit its sums times -BIAS.
+inline void finish_token(const Operand& to, long t) {
+  float* out = to.token(t);
+  for (long k = to.depth; k < to.padded(); k++) out[to.place(k)] = 0;
+  if (!to.packing.unit) return;
+  const CodesInfo& info = info_of(to.packing.type);
+  long parts = info.step / LANES;
+  float scale[8];  // of a part's tokens
+  for (long k = 0; k < info.step; k++) scale[info.place[k] / LANES] = -info.bias / info.factor[k];
+  for (long k = 0; k < to.padded(); k += to.packing.unit) {
+    float* sums = out;
+    Floats total = {};
+    out += LANES;
+    for (long i = k; i < std::min(to.padded(), k + to.packing.unit); i += info.step)
+      for (long n = 0; n < parts; n++, out += LANES) total += load<Floats>(out) * scale[n];
+    store(sums, total);
+  }
+}
+
+// A row of x, a matrix of one row, for DOT beside codes.
+template <Type T>
+inline void pack_token(const Operand& to, long t, const Matrix& x) {
+  using Of = Codes<T>;
+  constexpr long STEP = Of::PARTS * LANES;
+  const float* factors = info_of(T).factor;  // those of the first lane are those of all
+  float *out = to.token(t), in[STEP];
+  for (long k = 0; k < to.depth; k += STEP, out += STEP) {
+    if (to.packing.unit && k % to.packing.unit == 0) out += LANES;
+    widen(x, 0, k, std::min(STEP, to.depth - k), STEP, in);
+    if constexpr (Of::RUN == 0) {
+      for (long part = 0; part < STEP; part += 2 * LANES)
+        for (long i = 0; i < LANES; i++) {
+          out[part + i] = in[part + 2 * i];
+          out[part + LANES + i] = in[part + 2 * i + 1];
+        }
+    } else {
+      if constexpr (Of::PARTS == LANES) {
+        transpose(in, LANES, out, LANES);
+      } else {
+        for (long lane = 0; lane < LANES; lane++)
+          for (long n = 0; n < Of::PARTS; n++) out[n * LANES + lane] = in[lane * Of::PARTS + n];
+      }
+      for (long n = 0; n < Of::PARTS; n++) store(out + n * LANES, load<Floats>(out + n * LANES) * factors[n]);
+    }
+  }
+  finish_token(to, t);
 }
 
 // Rows of x, [*, depth] of `type`, those that rows[0 .. tokens) name (or their own order), packed for tokens
 // of one group of the operand: first .. first + group.
 inline void pack_group(const Operand& to, const char* x, Type type, const int* rows, long first) {
-  long group = Operand::group(to.way), depth = to.depth, padded = Operand::padded_depth(to.way, depth);
+  long group = Operand::group(to.way), depth = to.depth, padded = to.padded();
   long size = size_of(type);
   auto row = [&](long t) { return x + (rows ? rows[t] : t) * depth * size; };
   if (to.way == Way::DOT) {
-    float* out = (float*)to.data + first * padded;
+    float* out = to.token(first);
     const char* from = row(first);
-    if (type == Type::BF16 && to.pairs) {
+    if (is_codes(to.packing.type)) {
+      Matrix one{from, type, 1, depth, 0};
+      if (to.packing.type == Type::F8) return pack_token<Type::F8>(to, first, one);
+      if (to.packing.type == Type::I8) return pack_token<Type::I8>(to, first, one);
+      if (to.packing.type == Type::I4) return pack_token<Type::I4>(to, first, one);
+      pack_token<Type::E2M1>(to, first, one);
+    } else if (type == Type::BF16 && to.packing.type == Type::BF16) {
       long k = 0;
       for (; k + 2 * LANES <= depth; k += 2 * LANES) {
         Words both = load<Words>(from + 2 * k);
@@ -83,8 +183,9 @@ inline void pack_group(const Operand& to, const char* x, Type type, const int* r
       for (; k < depth; k++) out[to.place(k)] = from_bf16(((const uint16_t*)from)[k]);
     } else {
       std::fill(out, out + padded, 0.f);
+      bool pairs = to.packing.type == Type::BF16;
       for (long k = 0; k < depth; k++)
-        out[to.place(k)] =
+        out[pairs ? place_of_pair(k) : k] =
             type == Type::F32 ? ((const float*)from)[k] : from_bf16(((const uint16_t*)from)[k]);
     }
   } else if (to.way == Way::FMA) {
@@ -119,11 +220,12 @@ inline long groups(const Operand& x) {
 // the operand of the second. k is even; `second` is null where the depth ends at k.
 inline void put_pair(const Operand& to, long k, const float* first, const float* second) {
   if (to.way == Way::DOT) {
-    long padded = Operand::padded_depth(to.way, to.depth);
+    long place = to.place(k), next = second ? to.place(k + 1) : place;
+    float factor = to.factor(k), next_factor = second ? to.factor(k + 1) : factor;
     for (long t = 0; t < to.tokens; t++) {
-      float* row = (float*)to.data + t * padded;
-      row[to.place(k)] = first[t];
-      if (second) row[to.place(k + 1)] = second[t];
+      float* row = to.token(t);
+      row[place] = first[t] * factor;
+      if (second) row[next] = second[t] * next_factor;
     }
   } else if (to.way == Way::FMA) {
     for (long g = 0; g < groups(to); g++) {
@@ -132,7 +234,7 @@ inline void put_pair(const Operand& to, long k, const float* first, const float*
       if (second) memcpy(out + LANES, second + g * LANES, 4 * LANES);
     }
   } else {
-    long padded = Operand::padded_depth(to.way, to.depth);
+    long padded = to.padded();
     for (long g = 0; g < groups(to); g++) {
       uint32_t* out = (uint32_t*)(to.data + g * 16 * padded * 2) + k / 32 * 256 + k % 32 / 2 * 16;
       for (long t = 0; t < 16; t += LANES) {
@@ -144,15 +246,12 @@ inline void put_pair(const Operand& to, long k, const float* first, const float*
   }
 }
 
-// What lies behind the depth of an operand that put_pair fills.
-inline void clear_padding(const Operand& to) {
-  long padded = Operand::padded_depth(to.way, to.depth);
-  if (to.way == Way::FMA || padded == to.depth) return;
+// What an operand holds beside the elements that put_pair wrote, all of which it did before.
+inline void finish(const Operand& to) {
   if (to.way == Way::DOT) {
-    for (long t = 0; t < to.tokens; t++)
-      for (long k = to.depth; k < padded; k++) ((float*)to.data)[t * padded + to.place(k)] = 0;
-  } else {
-    long from = round_up(to.depth, 2);  // put_pair writes whole pairs
+    for (long t = 0; t < to.tokens; t++) finish_token(to, t);
+  } else if (to.way == Way::TILES) {
+    long padded = to.padded(), from = round_up(to.depth, 2);  // put_pair writes whole pairs
     for (long g = 0; g < groups(to); g++)
       for (long k = from; k < padded; k += 2) {
         uint32_t* out = (uint32_t*)(to.data + g * 16 * padded * 2) + k / 32 * 256 + k % 32 / 2 * 16;

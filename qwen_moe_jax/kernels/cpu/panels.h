@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "products.h"
+#include "scaled_products.h"
 
 #if defined(HAS_TILES)
 // Bytes between the tiles of a copied panel: a line more than they take, so that they lie in different places
@@ -14,22 +14,20 @@ constexpr long TILE_STEP = PANEL * 64 + 64;
 // Elements k .. k + depth of a row in bfloat16, 32 of them every TILE_STEP bytes, zeros up to a multiple
 // of 32.
 inline void copy_for_tiles(const Matrix& w, long row, long k, long depth, char* to) {
-  for (long i = 0; i < depth; i += 32, to += TILE_STEP) {
-    long some = std::min(32L, depth - i);
-    if (w.type == Type::BF16) {
-      const char* from = w.row(row) + 2 * (k + i);
-      if (some == 32) {
-        memcpy(to, from, 64);
-      } else {
-        memset(to, 0, 64);
-        memcpy(to, from, 2 * some);
-      }
-    } else {
-      float wide[32];
-      widen(w, row, k + i, some, 32, wide);
-      for (long j = 0; j < 32; j += LANES) store(to + 2 * j, narrow(load<Floats>(wide + j)));
+  if (w.type == Type::BF16) {
+    const char* from = w.row(row) + 2 * k;
+    for (long i = 0; i < depth; i += 32, to += TILE_STEP) {
+      long some = std::min(32L, depth - i);
+      if (some < 32) memset(to, 0, 64);
+      memcpy(to, from + 2 * i, 2 * some);
     }
+    return;
   }
+  float wide[TILE_DEPTH];
+  long padded = round_up(depth, 32);
+  widen(w, row, k, depth, padded, wide);
+  for (long i = 0; i < padded; i += 32, to += TILE_STEP)
+    for (long j = 0; j < 32; j += LANES) store(to + 2 * j, narrow(load<Floats>(wide + i + j)));
 }
 #else
 constexpr long TILE_STEP = 0;
@@ -60,7 +58,7 @@ inline char* thread_memory(long bytes) {
 // Rows on their way into the second cache.
 inline void fetch_rows(const Matrix& m, long first, long count) {
   for (long r = first; r < std::min(m.rows, first + count); r++)
-    for (long i = 0; i < m.columns * size_of(m.type); i += 64) __builtin_prefetch(m.row(r) + i, 0, 2);
+    for (long i = 0; i < m.row_bytes(); i += 64) __builtin_prefetch(m.row(r) + i, 0, 2);
 }
 
 // Before the panels from row `first` on: DOT fetches ahead of what it reads, but nobody has fetched these.
@@ -72,9 +70,8 @@ inline void fetch_beginning(const Matrix& m, long first, Way way) {
 inline void dot_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
   if (w.type == Type::BF16) return dot_all<true>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
   if (w.type == Type::F32) return dot_all<false>(x, w.row(first), w.stride, count, w.rows - first, c, ldc);
-  if (w.block_columns % LANES == 0 || w.block_columns >= x.depth)
-    return float8_all(w, first, count, x, c, ldc);
-  // small blocks: four rows at a time, widened along the whole depth
+  if (is_codes(x.packing.type)) return scaled_all(w, first, count, x, c, ldc);
+  // blocks that fit no vectors: four rows at a time, widened along the whole depth
   static thread_local std::vector<float> wide;
   long padded = round_up(x.depth, 2 * LANES);
   if ((long)wide.size() < 4 * padded) wide.resize(4 * padded);
@@ -99,7 +96,7 @@ inline void fma_product(const Matrix& w, long first, long count, const Operand& 
 
 #if defined(HAS_TILES)
 inline void tile_product(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  long padded = Operand::padded_depth(x.way, x.depth);
+  long padded = x.padded();
   for (long k = 0; k < x.depth; k += TILE_DEPTH) {
     long depth = std::min(TILE_DEPTH, x.depth - k), whole = round_up(depth, 32);
     const char* panel = w.row(first) + 2 * k;

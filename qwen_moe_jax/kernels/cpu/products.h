@@ -72,7 +72,7 @@ template <int COUNT, bool PAIRS>
 inline void dot_panel(const Operand& x, long first_token, const char* w, long stride, long count, long left,
                       float* c, long ldc) {
   constexpr int ROWS = rows_at_once(COUNT);
-  long x_stride = Operand::padded_depth(Way::DOT, x.depth), ahead = rows_ahead(stride);
+  long x_stride = x.numbers(), ahead = rows_ahead(stride);
   const float* from = (const float*)x.data + first_token * x_stride;
   c += first_token;
   for (long r = 0; r < count;) {
@@ -101,75 +101,6 @@ template <bool PAIRS>
 inline void dot_all(const Operand& x, const char* w, long stride, long count, long left, float* c, long ldc) {
   by_tokens(x.tokens,
             [&](auto group, long t) { dot_panel<group(), PAIRS>(x, t, w, stride, count, left, c, ldc); });
-}
-
-// Rows of a float8 matrix from `first` on, widened in registers, times COUNT tokens. Blocks of columns are
-// whole vectors, or one that takes all of the depth. Where values are not to be rounded, and there are
-// registers for it, the sums of a block are scaled instead of its values.
-template <int ROWS, int COUNT, bool ROUND>
-inline void float8_rows(const Matrix& w, long first, long ahead, const float* x, long x_stride, long depth,
-                        float* c, long ldc) {
-  constexpr bool BY_BLOCK = COUNT == 1 && !ROUND;
-  Floats total[ROWS][COUNT] = {};
-  for (long begin = 0, block = 0; begin < depth; begin += w.block_columns, block++) {
-    long end = std::min(depth, begin + w.block_columns);
-    const uint8_t* from[ROWS];
-    float scale[ROWS];
-    Floats part[ROWS][COUNT] = {};
-    for (int r = 0; r < ROWS; r++) {
-      from[r] = (const uint8_t*)w.row(first + r);
-      scale[r] = 256.f * w.scales[(first + r) / w.block_rows * w.scales_across() + block];
-    }
-    auto add = [&](int r, const uint8_t* bytes, long k) {
-      Floats value = BY_BLOCK ? from_float8(bytes) : float8_times(bytes, scale[r], ROUND);
-      for (int m = 0; m < COUNT; m++) {
-        Floats tokens = load<Floats>(x + m * x_stride + k);
-        if constexpr (BY_BLOCK)
-          part[r][m] += value * tokens;
-        else
-          total[r][m] += value * tokens;
-      }
-    };
-    long k = begin;
-    for (; k + LANES <= end; k += LANES)
-      for (int r = 0; r < ROWS; r++) {
-        if (k % 64 == 0) __builtin_prefetch(from[r] + k + ahead, 0, 2);
-        add(r, from[r] + k, k);
-      }
-    if (k < end)
-      for (int r = 0; r < ROWS; r++) {
-        uint8_t rest[LANES] = {};
-        memcpy(rest, from[r] + k, end - k);
-        add(r, rest, k);
-      }
-    if constexpr (BY_BLOCK)
-      for (int r = 0; r < ROWS; r++)
-        for (int m = 0; m < COUNT; m++) total[r][m] += scale[r] * part[r][m];
-  }
-  for (int r = 0; r < ROWS; r++)
-    for (int m = 0; m < COUNT; m++) c[r * ldc + m] = sum(total[r][m]);
-}
-
-template <int COUNT, bool ROUND>
-inline void float8_panel(const Matrix& w, long first, long count, const Operand& x, long token, float* c,
-                         long ldc) {
-  constexpr int ROWS = COUNT <= 2 ? 4 : COUNT == 8 && LANES < 16 ? 1 : 2;
-  long x_stride = Operand::padded_depth(Way::DOT, x.depth), ahead = rows_ahead(w.stride) * w.stride;
-  const float* from = (const float*)x.data + token * x_stride;
-  long r = 0;
-  for (; r + ROWS <= count; r += ROWS)
-    float8_rows<ROWS, COUNT, ROUND>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
-  for (; r < count; r++)
-    float8_rows<1, COUNT, ROUND>(w, first + r, ahead, from, x_stride, x.depth, c + r * ldc + token, ldc);
-}
-
-inline void float8_all(const Matrix& w, long first, long count, const Operand& x, float* c, long ldc) {
-  by_tokens(x.tokens, [&](auto group, long t) {
-    if (w.round)
-      float8_panel<group(), true>(w, first, count, x, t, c, ldc);
-    else
-      float8_panel<group(), false>(w, first, count, x, t, c, ldc);
-  });
 }
 
 // --- FMA

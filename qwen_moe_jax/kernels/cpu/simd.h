@@ -67,6 +67,30 @@ inline Words widen_bytes(const uint8_t* from) {
 #endif
 }
 
+// Finite numbers of float8_e4m3fn, the lowest byte of each word, over 256: exponent and mantissa move to
+// where a float32 has them, and the exponent's bias is corrected; subnormals, m * 2^-9, are what is left of
+// (1 + m / 8) * 2^-6 without the 1.
+inline Floats float8_of_bytes(Words bytes) {
+  Words sign = (bytes & 0x80u) << 24, rest = bytes & 0x7fu;
+  Floats normal = (Floats)((rest << 20) + (112u << 23));
+  Floats small = (Floats)((rest << 20) + (113u << 23)) - (Floats)(Words{} + (113u << 23));
+  Words value = (rest < 8u) ? (Words)small : (Words)normal;
+  return (Floats)(value | sign);
+}
+
+// from[lanes[i]] in lane i; LANES numbers may be read there.
+inline Floats pick(const float* from, Ints lanes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)lanes, _mm512_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), (__m256i)lanes);
+#else
+  Floats found;
+  for (long i = 0; i < LANES; i++) found[i] = from[lanes[i]];
+  return found;
+#endif
+}
+
 // Rounded to the nearest bfloat16, ties to even, in the upper half of each word; x is no NaN.
 inline Words round_number_bf16(Floats x) {
   Words bits = (Words)x;
@@ -113,7 +137,7 @@ inline Floats silu(Floats x) { return x / (1.f + exponential(-x)); }
 inline void transpose(const void* from, long stride, void* to, long to_stride) {
   const uint32_t* source = (const uint32_t*)from;
   uint32_t* target = (uint32_t*)to;
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(__AVX2__) && !defined(__clang__)
   Words rows[LANES];
   for (long i = 0; i < LANES; i++) rows[i] = load<Words>(source + i * stride);
 #pragma GCC unroll 4
