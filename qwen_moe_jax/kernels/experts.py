@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
+from qwen_moe_jax.formats.codes import CODES
 from qwen_moe_jax.kernels.gathered_matmul import gathered_matmul
 from qwen_moe_jax.kernels.grouped_matmul import TileSizes, grouped_matmul
 from qwen_moe_jax.kernels.launch import Schedule
 from qwen_moe_jax.kernels.tiles import sort_into_tiles
 
 _ROW = TileSizes(columns=16, inner=256, schedule=Schedule(warps=4, stages=2))
+# so that a thread loads 16 bytes of packed codes, as it does of codes of a byte
+_PACKED_ROW = TileSizes(columns=16, inner=512, schedule=Schedule(warps=4, stages=2))
 
 
 def gathered_kernels(
@@ -42,7 +45,7 @@ def gathered_kernels(
             slots,
             gated=gated,
             slots_per_row=slots_per_row,
-            sizes=_ROW,
+            sizes=_PACKED_ROW if _is_packed(matrix) else _ROW,
             expected_slots=expected,
             widening=widening,
             name=name,
@@ -80,7 +83,7 @@ def grouped_kernels(
             tiles,
             gated=gated,
             slots_per_row=slots_per_row,
-            sizes=tile_sizes(rows, float8=isinstance(matrix, BlockScaled)),
+            sizes=tile_sizes(rows, codes=isinstance(matrix, BlockScaled)),
             expected_groups=experts * (1 - (1 - chance) ** tokens),
             widening=widening,
             name=name,
@@ -104,12 +107,17 @@ def tile_rows(mean: float) -> int:
     return rows
 
 
-def tile_sizes(rows: int, *, float8: bool) -> TileSizes:
+def _is_packed(matrix: Matrix) -> bool:
+    """Whether two columns share a byte."""
+    return isinstance(matrix, BlockScaled) and CODES[matrix.codes].packed > 1
+
+
+def tile_sizes(rows: int, *, codes: bool) -> TileSizes:
     """Columns and steps of a program. Two stages of the tiles of x, gate and up fit into the 64 KiB of LDS of
     gfx942."""
     if rows >= 64:
         return TileSizes(columns=128, inner=64, schedule=Schedule(warps=8, stages=2))
-    return TileSizes(columns=64, inner=128 if float8 else 64, schedule=Schedule(warps=4, stages=2))
+    return TileSizes(columns=64, inner=128 if codes else 64, schedule=Schedule(warps=4, stages=2))
 
 
 def _combined(

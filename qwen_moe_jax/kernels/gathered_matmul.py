@@ -4,7 +4,8 @@
 
 A program reads some rows of one slot's matrix, once, in place. Nothing is sorted, and slots without a group
 read nothing. Slots of the same group read its matrix once each, so this is for when they are few beside
-groups; `gated`, roundings and float8 are as in `grouped_matmul.py`.
+groups; `gated` and roundings are as in `grouped_matmul.py`, but that codes times scales are not rounded: they
+are float32 numbers here, as are the products.
 """
 
 from functools import partial
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
-from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, split_matrix, sums, up_to_power
+from qwen_moe_jax.formats.block_scaled import Matrix
+from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, sums, up_to_power
 from qwen_moe_jax.kernels.launch import KernelCost, launch
-from qwen_moe_jax.kernels.widen import tile_of
+from qwen_moe_jax.kernels.widen import Place, Stored, bytes_of_one, operands_of
 
 
 def gathered_matmul(
@@ -42,17 +43,10 @@ def gathered_matmul(
     rows, inner = x.shape
     out = weights.shape[1] // (2 if gated else 1)
     slots = rows * slots_per_row
-    values, scales = split_matrix(weights)
     columns, step = min(sizes.columns, up_to_power(out)), min(sizes.inner, up_to_power(inner))
-    block = weights.block if isinstance(weights, BlockScaled) else None
-    if block is not None:
-        step = min(step, max(16, block[1]))
-    matrix_bytes = weights.shape[1] * inner * values.dtype.itemsize
-    if scales is not None:
-        matrix_bytes += scales[0].size * 4
     cost = KernelCost(
         flops=2.0 * expected_slots * weights.shape[1] * inner,
-        bytes=expected_slots * (matrix_bytes + (inner + out) * x.dtype.itemsize),
+        bytes=expected_slots * (bytes_of_one(weights) + (inner + out) * x.dtype.itemsize),
     )
     [result] = launch(
         partial(
@@ -60,11 +54,9 @@ def gathered_matmul(
             gated=gated,
             slots_per_row=slots_per_row,
             columns=columns,
-            step=step,
-            block=block,
-            widening=widening,
+            stored=Stored.of(weights, step, widening),
         ),
-        [x, values, *([] if scales is None else [scales]), groups_of_slots],
+        [x, *operands_of(weights), groups_of_slots],
         [jax.ShapeDtypeStruct((slots, out), x.dtype)],
         grid=(pl.cdiv(out, columns), slots),
         name=name,
@@ -75,41 +67,26 @@ def gathered_matmul(
     return result
 
 
-def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, columns, step, block, widening):
-    scale_ref = None
-    if block is not None:
-        scale_ref, *refs = refs
+def _kernel(x_ref, *refs, gated, slots_per_row, columns, stored):
+    matrix_refs, refs = refs[: stored.operands], refs[stored.operands :]
     group_ref, out_ref = refs
-    inner, out = x_ref.shape[1], out_ref.shape[1]
+    inner, out, step = x_ref.shape[1], out_ref.shape[1], stored.step
     column, slot = pl.program_id(0) * columns, pl.program_id(1)
     group = group_ref[slot]
 
-    @pl.when(group < w_ref.shape[0])
+    @pl.when(group < matrix_refs[0].shape[0])
     def _():
         row = slot // slots_per_row
         inside = column + jnp.arange(columns) < out
 
-        def products(at: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
-            """total + rows `first` and on of the matrix times x, not yet summed over columns."""
-            across = at + jnp.arange(step) < inner
-            part = plt.load(x_ref.at[row, pl.ds(at, step)], mask=across, other=0)
-            matrix = tile_of(
-                w_ref,
-                scale_ref,
-                group,
-                first,
-                at,
-                (columns, step),
-                inside[:, None] & across[None, :],
-                block,
-                part.dtype,
-                widening,
-            )
-            return total + matrix.astype(jnp.float32) * part.astype(jnp.float32)[None, :]
+        def products(i: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
+            """total + step i of rows `first` and on of the matrix times x, not yet summed over columns."""
+            across = i * step + jnp.arange(step) < inner
+            part = plt.load(x_ref.at[row, pl.ds(i * step, step)], mask=across, other=0)
+            matrix = stored.numbers(matrix_refs, Place(group, first, i, inside))
+            return total + matrix * part.astype(jnp.float32)[None, :]
 
         empty = jnp.zeros((columns, step), jnp.float32)
-        totals = sums(
-            products, empty, gated=gated, steps=pl.cdiv(inner, step), step=step, column=column, out=out
-        )
+        totals = sums(products, empty, gated=gated, steps=pl.cdiv(inner, step), column=column, out=out)
         result = gated_activation([total.sum(axis=1) for total in totals], out_ref.dtype)
         plt.store(out_ref.at[slot, pl.ds(column, columns)], result, mask=inside)

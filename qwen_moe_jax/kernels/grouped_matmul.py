@@ -11,8 +11,9 @@ With `gated`, the matrices hold gate rows, then up rows, and what is written is 
 product of a SwiGLU expert (Shazeer, arXiv:2002.05202), whose halves never meet the memory.
 
 Products are bfloat16 (or float32) with float32 accumulation. Gate, up and the activation are each rounded to
-x.dtype, as the plain forms do (`model/experts.py`). Float8 matrices are widened as they are read, multiplied
-with the scales of their blocks and rounded to x.dtype.
+x.dtype, as the plain forms do (`model/experts.py`). Codes are widened as they are read (`widen.py`). Scales
+of blocks of 64 columns or more are multiplied into float32 sums; those of narrower ones into the matrix,
+which is then rounded to x.dtype.
 """
 
 import dataclasses
@@ -29,7 +30,11 @@ from jax.typing import DTypeLike
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.launch import KernelCost, Schedule, launch
 from qwen_moe_jax.kernels.tiles import Tiles
-from qwen_moe_jax.kernels.widen import tile_of
+from qwen_moe_jax.kernels.widen import Place, Stored, bytes_of_one, operands_of
+
+# The least columns that a step is shortened to so that a row has one scale in it. In a shorter one a thread
+# would load less than 16 bytes of 4-bit codes.
+_SHORTEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +70,13 @@ def grouped_matmul(
 
     Args:
         x: [rows, inner].
-        weights: [groups, out, inner], or with `gated` [groups, 2 * out, inner]; x.dtype or float8.
+        weights: [groups, out, inner], or with `gated` [groups, 2 * out, inner]; x.dtype, or codes.
         tiles: of the slots.
         gated: see above.
         slots_per_row: slot s reads row s // slots_per_row of x.
         sizes: of a program's part.
         expected_groups: how many groups have a slot, on average, for the cost.
-        widening: how float8 becomes a number (`widen.py`).
+        widening: how e4m3 becomes a number (`widen.py`).
         name: of the call in the compiled program.
         interpret: as of `launch`.
         dtype: of the result, rounded to from float32; None means x.dtype.
@@ -82,44 +87,29 @@ def grouped_matmul(
     rows, inner = x.shape
     out = weights.shape[1] // (2 if gated else 1)
     slots = rows * slots_per_row
-    values, scales = split_matrix(weights)
     columns = min(sizes.columns, up_to_power(out))
     step = min(sizes.inner, up_to_power(inner))
     if isinstance(weights, BlockScaled):
-        step = min(step, max(16, weights.block[1]))
+        divisor = weights.block[1] & -weights.block[1]  # the largest power of two that is one
+        step = min(step, divisor) if divisor >= _SHORTEST else step
     kernel = partial(
         _kernel,
         gated=gated,
         slots_per_row=slots_per_row,
         tile=tiles.rows,
         columns=columns,
-        step=step,
-        block=weights.block if isinstance(weights, BlockScaled) else None,
-        widening=widening,
+        stored=Stored.of(weights, step, widening),
     )
-    halves = 2 if gated else 1
     expected_tiles = tiles.expected(expected_groups)
-    bytes_read = expected_groups * halves * out * inner * values.dtype.itemsize
-    if scales is not None:
-        bytes_read += expected_groups * scales[0].size * 4
-    used = tiles.expected_slots
+    of_slot = inner * x.dtype.itemsize + out * jnp.dtype(dtype or x.dtype).itemsize
     cost = KernelCost(
-        flops=2.0 * expected_tiles * tiles.rows * halves * out * inner,
+        flops=2.0 * expected_tiles * tiles.rows * weights.shape[1] * inner,
         # a matrix is read once: the few tiles of a group run next to each other and share it in the cache
-        bytes=bytes_read + used * (inner * x.dtype.itemsize + out * jnp.dtype(dtype or x.dtype).itemsize),
+        bytes=expected_groups * bytes_of_one(weights) + tiles.expected_slots * of_slot,
     )
-    operands = [
-        x,
-        values,
-        *([] if scales is None else [scales]),
-        tiles.slots,
-        tiles.group,
-        tiles.start,
-        tiles.stop,
-    ]
     [result] = launch(
         kernel,
-        operands,
+        [x, *operands_of(weights), tiles.slots, tiles.group, tiles.start, tiles.stop],
         [jax.ShapeDtypeStruct((slots, out), dtype or x.dtype)],
         grid=(tiles.group.shape[0], pl.cdiv(out, columns)),
         name=name,
@@ -130,12 +120,10 @@ def grouped_matmul(
     return result
 
 
-def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, tile, columns, step, block, widening):
-    scale_ref = None
-    if block is not None:
-        scale_ref, *refs = refs
+def _kernel(x_ref, *refs, gated, slots_per_row, tile, columns, stored):
+    matrix_refs, refs = refs[: stored.operands], refs[stored.operands :]
     slots_ref, group_ref, start_ref, stop_ref, out_ref = refs
-    inner, out = x_ref.shape[1], out_ref.shape[1]
+    inner, out, step = x_ref.shape[1], out_ref.shape[1], stored.step
     number, column = pl.program_id(0), pl.program_id(1) * columns
     start, stop, group = start_ref[number], stop_ref[number], group_ref[number]
 
@@ -145,36 +133,19 @@ def _kernel(x_ref, w_ref, *refs, gated, slots_per_row, tile, columns, step, bloc
         # rows of the tile without a slot point behind the last one, where nothing is read or written
         slots = plt.load(slots_ref.at[pl.ds(start, tile)], mask=held, other=out_ref.shape[0])
         rows = slots // slots_per_row
+        inside = column + jnp.arange(columns) < out
 
-        def product(at: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
-            """total + x[rows, at:] times rows `first` and on of the group's matrix."""
-            across = at + jnp.arange(step) < inner
-            part = plt.load(
-                x_ref.at[rows[:, None], at + jnp.arange(step)[None, :]],
-                mask=held[:, None] & across[None, :],
-                other=0,
-            )
-            inside = column + jnp.arange(columns) < out
-            matrix = tile_of(
-                w_ref,
-                scale_ref,
-                group,
-                first,
-                at,
-                (columns, step),
-                inside[:, None] & across[None, :],
-                block,
-                part.dtype,
-                widening,
-            )
-            return total + plt.dot(part, matrix, trans_b=True)
+        def product(i: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
+            """total + step i of x[rows] times rows `first` and on of the group's matrix."""
+            across = i * step + jnp.arange(step)[None, :]
+            part = plt.load(x_ref.at[rows[:, None], across], mask=held[:, None] & (across < inner), other=0)
+            matrix, scales = stored.tile(matrix_refs, Place(group, first, i, inside), part.dtype)
+            added = plt.dot(part, matrix, trans_b=True)
+            return total + (added if scales is None else added * scales[None, :])
 
         empty = jnp.zeros((tile, columns), jnp.float32)
-        totals = sums(
-            product, empty, gated=gated, steps=pl.cdiv(inner, step), step=step, column=column, out=out
-        )
+        totals = sums(product, empty, gated=gated, steps=pl.cdiv(inner, step), column=column, out=out)
         result = gated_activation(totals, out_ref.dtype)
-        inside = column + jnp.arange(columns) < out
         plt.store(
             out_ref.at[slots[:, None], column + jnp.arange(columns)[None, :]],
             result,
@@ -188,24 +159,23 @@ def sums(
     *,
     gated: bool,
     steps: int,
-    step: int,
     column: jax.Array,
     out: int,
 ) -> tuple[jax.Array, ...]:
     """A program's products over all steps of the contracted dimension: (gate, up) if `gated`, else one.
 
     Args:
-        product: (first contracted element, first row of the matrix, what was summed before) -> the sum after.
+        product: (step, first row of the matrix, what was summed before) -> the sum after.
         empty: what sums begin with.
         gated: the matrix holds `out` gate rows, then up rows.
-        steps, step: how many, and how long.
+        steps: how many.
         column: of the result, the program's first.
         out: columns of the result.
     """
     firsts = (column, out + column) if gated else (column,)
 
     def one(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(product(i * step, first, total) for first, total in zip(firsts, totals, strict=True))
+        return tuple(product(i, first, total) for first, total in zip(firsts, totals, strict=True))
 
     return lax.fori_loop(0, steps, one, (empty,) * len(firsts))
 
@@ -218,13 +188,6 @@ def gated_activation(totals: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array
     gate, up = (total.astype(dtype).astype(jnp.float32) for total in totals)
     active = (gate * (1 / (1 + jnp.exp(-gate)))).astype(dtype)
     return (active.astype(jnp.float32) * up).astype(dtype)
-
-
-def split_matrix(weights: Matrix) -> tuple[jax.Array, jax.Array | None]:
-    """(values, or the bits of float8 ones; their scales or None), as kernels take them."""
-    if isinstance(weights, BlockScaled):
-        return lax.bitcast_convert_type(weights.values, jnp.uint8), weights.scales
-    return weights, None
 
 
 def up_to_power(size: int) -> int:

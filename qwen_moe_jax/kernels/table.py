@@ -1,7 +1,8 @@
 """The one table that says which implementation runs, by target, dtype and number of tokens.
 
 A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx942" is MI300X and MI325X,
-"gfx950" is MI355X), or "gpu" for any other. Implementations of one operation compute the same; their names:
+"gfx950" is MI355X), or "gpu" for any other. Implementations of one operation compute the same, but for the
+one that says otherwise; their names:
 
     embedding    lookup                      plain XLA
                  native
@@ -22,8 +23,11 @@ A *target* is what programs are compiled for: "cpu", an AMD architecture ("gfx94
                  native
     delta_chunks products                    plain XLA (`model/delta_rule.py`)
                  native
-    float8       multiplied_out              plain XLA: a float8 matrix is widened, then multiplied
-                 pallas_tiles                a kernel that widens tiles as it reads them (`float8_matmul.py`)
+    scaled       multiplied_out              plain XLA: a matrix of codes is widened, then multiplied
+                 pallas_tiles                a kernel that widens tiles as it reads them (`scaled_matmul.py`)
+                 pallas_float8x8             a kernel that multiplies e4m3 by e4m3 (`float8x8_matmul.py`). It
+                                             quantises activations, so its numbers are others, and it runs
+                                             only where it is asked for. Other codes run pallas_tiles.
                  native
 
 CPU: measured (`benchmarks/README.md`); the C++ kernels apply where they could be built. AMD GPUs: reasoned
@@ -32,6 +36,8 @@ from compiled programs, the bytes and FLOPs they name and the memory they take; 
 
 import dataclasses
 from collections.abc import Mapping
+
+import jax.numpy as jnp
 
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.cpu.build import native_variant
@@ -56,7 +62,12 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "conv": {"shifts": XLA, "native": NATIVE},
     "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
     "delta_chunks": {"products": XLA, "native": NATIVE},
-    "float8": {"multiplied_out": XLA, "pallas_tiles": PALLAS, "native": NATIVE},
+    "scaled": {
+        "multiplied_out": XLA,
+        "pallas_tiles": PALLAS,
+        "pallas_float8x8": PALLAS,
+        "native": NATIVE,
+    },
 }
 
 # No kernel of our own, for operations whose plain form does not depend on the target.
@@ -65,7 +76,7 @@ PLAIN = {
     "conv": "shifts",
     "delta_step": "products",
     "delta_chunks": "products",
-    "float8": "multiplied_out",
+    "scaled": "multiplied_out",
     "linear": "products",
     "embedding": "lookup",
 }
@@ -101,7 +112,7 @@ DECIDES = {
     "conv": "tokens a row",
     "delta_step": "tokens a row",
     "delta_chunks": "tokens a row",
-    "float8": "tokens",
+    "scaled": "tokens",
 }
 
 _BF16 = ("bfloat16",)
@@ -129,9 +140,9 @@ TABLE: tuple[Rule, ...] = (
     Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
     Rule("delta_chunks", ("cpu",), _NATIVE, None, "native", "a head's chunks stay in cache; measured"),
     Rule("delta_chunks", _ANY, None, None, "products", "chunks of matrix products"),
-    Rule("float8", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
-    Rule("float8", ("cpu",), _NATIVE, None, "native", "widened as it is read; measured"),
-    Rule("float8", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
+    Rule("scaled", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
+    Rule("scaled", ("cpu",), _NATIVE, None, "native", "widened as it is read; measured"),
+    Rule("scaled", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
 )
 
 
@@ -216,6 +227,11 @@ class Kernels:
     def kernel_widening(self) -> str:
         """The same inside a Pallas kernel, which cannot convert from e4m3fnuz."""
         return "native" if self.target == "gfx950" else "bits"
+
+    @property
+    def float8(self) -> jnp.dtype:
+        """The 8-bit float that matrix units multiply here, for kernels that multiply it."""
+        return jnp.dtype(jnp.float8_e4m3fnuz if self.target == "gfx942" else jnp.float8_e4m3fn)
 
     @property
     def compiler_options(self) -> dict[str, str | bool] | None:

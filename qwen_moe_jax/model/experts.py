@@ -6,7 +6,7 @@ Every function here computes, for each token t,
 
 with `expert_ids` [tokens, top_k] in 0 .. E; id E means "no expert" and contributes exactly zero (pads;
 experts held elsewhere). Weights stand in checkpoint layout: `gate_up` [E, 2 * intermediate, hidden] with
-the gate rows first, `down` [E, hidden, intermediate], each an array or float8 with block scales. No token
+the gate rows first, `down` [E, hidden, intermediate], each an array or codes with block scales. No token
 is ever dropped, however unbalanced the routing. The gate and up products, the hidden activation and the
 expert output are each rounded to x.dtype, where released models round, and the weighted value to the wider
 of x.dtype and weights.dtype; slots are summed in float32, and so is the result: it may be one rank's part

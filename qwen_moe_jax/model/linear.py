@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.cpu.calls import native_linears
-from qwen_moe_jax.kernels.float8_matmul import float8_matmul
+from qwen_moe_jax.kernels.float8x8_matmul import float8x8_matmul, takes_float8x8
+from qwen_moe_jax.kernels.scaled_matmul import scaled_matmul
 from qwen_moe_jax.kernels.table import Kernels
 
 
@@ -40,7 +41,7 @@ def linear(
     Args:
         x: [..., in], the compute dtype.
         weight: [out, in], the held dtype. Where the two differ, the narrower one is widened, never x rounded.
-            Float8 with block scales is multiplied out in x.dtype.
+            Codes with block scales are multiplied out in x.dtype, or widened by a kernel.
         out_dtype: what the product is rounded to; None means x.dtype.
         kernels: which implementation multiplies; None means plain XLA.
 
@@ -66,15 +67,17 @@ def linears(
         pairs = zip(weights, dtypes, strict=True)
         return [linear(x, weight, dtype, kernels=kernels) for weight, dtype in pairs]
     weight, dtype = weights[0], dtypes[0]
-    if isinstance(weight, BlockScaled) and kernels is not None and chosen == ["pallas_tiles"]:
-        widening, interpret = kernels.kernel_widening, kernels.interpret
-        return [float8_matmul(x, weight, dtype, widening=widening, interpret=interpret)]
+    if isinstance(weight, BlockScaled) and kernels is not None and chosen[0].startswith("pallas_"):
+        interpret = kernels.interpret
+        if chosen == ["pallas_float8x8"] and takes_float8x8(weight):
+            return [float8x8_matmul(x, weight, dtype, float8=kernels.float8, interpret=interpret)]
+        return [scaled_matmul(x, weight, dtype, widening=kernels.kernel_widening, interpret=interpret)]
     return [_product(x, weight, dtype)]
 
 
 def _chosen(x: jax.Array, weight: Matrix, kernels: Kernels | None) -> str:
     """The implementation that multiplies."""
-    operation = "float8" if isinstance(weight, BlockScaled) else "linear"
+    operation = "scaled" if isinstance(weight, BlockScaled) else "linear"
     return kernels.pick(operation, x.dtype.name, x.size // x.shape[-1]) if kernels else "products"
 
 

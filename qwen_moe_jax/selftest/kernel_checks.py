@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qwen_moe_jax.formats.block_scaled import BlockScaled
 from qwen_moe_jax.formats.cache import PAGE, pages_for
-from qwen_moe_jax.formats.codes import widened
+from qwen_moe_jax.formats.codes import MatrixFormat, widened
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
-from qwen_moe_jax.kernels import flash_attention, float8_matmul
+from qwen_moe_jax.kernels import flash_attention, float8x8_matmul, scaled_matmul
 from qwen_moe_jax.kernels.table import AMD, Kernels
 from qwen_moe_jax.model.attention import blockwise_attention
 from qwen_moe_jax.model.delta_rule import delta_rule_scan
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.selftest.coded import FLOAT8, FORMATS, in_codes, multiplied_out
 from qwen_moe_jax.selftest.machine import how_kernels_run
 from qwen_moe_jax.selftest.report import Outcome, sentence
 
@@ -37,8 +37,11 @@ EXPERTS_TOLERANCE = 6 * 2.0**-8
 # Weights of an average are rounded to bfloat16 before it, and what comes out once; the plain form, in
 # float32, rounds neither.
 ATTENTION_TOLERANCE = 2.0**-7
-# Both accumulate exact products of bfloat16 in float32; of 2048 of them in the sizes of released models.
-FLOAT8_TOLERANCE = 1e-5
+# Both accumulate in float32; up to 2048 products in the sizes of released models.
+SCALED_TOLERANCE = 1e-5
+# A quotient near the middle between two 8-bit floats becomes either of them, 2^-3 apart, where divisions
+# round differently: one product of hundreds.
+FLOAT8X8_TOLERANCE = 2.0**-7
 
 # How float8_e4m3fn becomes a number, by target: in plain XLA, and inside kernels. The other ways are emulated
 # there, or do not compile.
@@ -48,7 +51,6 @@ WIDENINGS = {
     "gfx950": (("native", "bits"), ("native", "bits")),
     "gpu": (("bits", "native"), ("bits", "native")),
 }
-_BLOCK = (128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +142,13 @@ def experts(form: str, target: str) -> Outcome:
         for dtype in _dtypes(target, both=name.startswith("odd")):
             cases.append(_expert_case(form, target, f"{name}, {dtype}", given, dtype))
     sizes = (21, 2, 4, 512, 384) if target in AMD else (21, 2, 4, 160, 140)
+    given = _routed(sizes, pads=True)
     for widening in WIDENINGS[target][1]:
-        given = _routed(sizes, pads=True)
-        cases.append(_expert_case(form, target, f"float8 by {widening}", given, "bfloat16", widening))
+        name = f"{FLOAT8} by {widening}"
+        cases.append(_expert_case(form, target, name, given, "bfloat16", FLOAT8, widening))
+    for name in FORMATS:
+        if name != FLOAT8:
+            cases.append(_expert_case(form, target, name, given, "bfloat16", name))
     return compare(cases, how_kernels_run(target))
 
 
@@ -168,6 +174,7 @@ def _expert_case(
     name: str,
     given: dict[str, np.ndarray],
     dtype: str,
+    stored_as: str | None = None,
     widening: str | None = None,
 ) -> Case:
     def run() -> tuple[Any, Any, float]:
@@ -177,35 +184,22 @@ def _expert_case(
         }
         stored: dict[str, Any] = dict(arrays)
         plain: dict[str, Any] = dict(arrays)
-        for key in ("gate_up", "down") if widening is not None else ():
-            stored[key] = _scaled(arrays[key], target)
-            plain[key] = _multiplied_out(stored[key])
+        for key in ("gate_up", "down") if stored_as is not None else ():
+            stored[key] = in_codes(arrays[key], FORMATS[stored_as], target)
+            plain[key] = multiplied_out(stored[key])
         kernel = {"gathered": expert_kernels.gathered_kernels, "grouped": expert_kernels.grouped_kernels}[
             form
         ]
-        options = {"chance": 0.1, "widening": widening or "bits", "interpret": target not in AMD}
+        options = {
+            "chance": 0.1,
+            "widening": widening or Kernels(target).kernel_widening,
+            "interpret": target not in AMD,
+        }
         found = on_device(lambda given: kernel(**given, **options), stored)
         slots = on_host(lambda given: dense_experts(**given, by_slot=True), plain)
         return found, slots.sum(axis=1), max(float(np.abs(slots).max()), 1e-3)
 
     return Case(name, run, FLOAT32_TOLERANCE if dtype == "float32" else EXPERTS_TOLERANCE)
-
-
-def _scaled(matrices: np.ndarray, target: str) -> BlockScaled:
-    """A matrix, or a stack, in float8 with a scale a block of 128 x 128, on the device."""
-    counts = [-(-n // b) for n, b in zip(matrices.shape[-2:], _BLOCK, strict=True)]
-    rng = np.random.default_rng(matrices.size)
-    values = np.clip(matrices.astype(np.float32) * 64, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    scales = rng.uniform(0.5, 2, (*matrices.shape[:-2], *counts)).astype(np.float32) / 64
-    widening = Kernels(target).widening
-    return BlockScaled(jnp.asarray(values), jnp.asarray(scales), _BLOCK, jnp.dtype("bfloat16"), widening)
-
-
-def _multiplied_out(matrix: BlockScaled) -> np.ndarray:
-    """What it stands for, by NumPy."""
-    rows, columns = matrix.shape[-2:]
-    scales = np.asarray(matrix.scales).repeat(_BLOCK[0], axis=-2).repeat(_BLOCK[1], axis=-1)
-    return (np.asarray(matrix.values, np.float32) * scales[..., :rows, :columns]).astype(ml_dtypes.bfloat16)
 
 
 def attention(target: str) -> Outcome:
@@ -300,8 +294,8 @@ def _joined(arrays: Sequence[Any], sizes: Sequence[float]) -> np.ndarray:
     return np.concatenate([np.asarray(x).ravel() / size for x, size in zip(arrays, sizes, strict=True)])
 
 
-def float8(target: str) -> Outcome:
-    """Every finite float8 code as plain XLA widens it here, and the product with one float8 matrix."""
+def scaled(target: str) -> Outcome:
+    """Every finite float8 code as plain XLA widens it here, and products with one matrix in codes."""
     codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
     codes = codes[np.isfinite(codes.astype(np.float32))]
     exact = codes.astype(np.float32)
@@ -314,21 +308,50 @@ def float8(target: str) -> Outcome:
         for way in WIDENINGS[target][0]
     ]
     sizes = [(1, 200, 90), (33, 200, 90)] + ([(16, 2048, 1024)] if target in AMD else [])
-    cases += [
-        Case(f"{tokens} tokens, [{out}, {inner}]", _float8_run(tokens, inner, out, target), FLOAT8_TOLERANCE)
-        for tokens, inner, out in sizes
-    ]
+    for size in sizes:
+        tokens, inner, out = size
+        named = f"{tokens} tokens, [{out}, {inner}]"
+        for name, form in FORMATS.items():
+            cases.append(Case(f"{name}, {named}", _scaled_run(size, form, target), SCALED_TOLERANCE))
+        run = _float8x8_run(size, target)
+        cases.append(Case(f"float8 times float8, {named}", run, FLOAT8X8_TOLERANCE))
     return compare(cases, how_kernels_run(target))
 
 
-def _float8_run(tokens: int, inner: int, out: int, target: str) -> Callable[[], tuple[Any, Any, float]]:
+def _scaled_run(
+    size: tuple[int, int, int], form: MatrixFormat, target: str
+) -> Callable[[], tuple[Any, Any, float]]:
     def run() -> tuple[Any, Any, float]:
-        rng = np.random.default_rng((tokens, inner, out))
+        tokens, inner, out = size
+        rng = np.random.default_rng(size)
         x = rng.normal(size=(tokens, inner)).astype(ml_dtypes.bfloat16)
-        matrix = _scaled(rng.normal(size=(out, inner)), target)
+        matrix = in_codes(rng.normal(size=(out, inner)), form, target)
         options = {"widening": Kernels(target).kernel_widening, "interpret": target not in AMD}
-        found = on_device(lambda x, m: float8_matmul.float8_matmul(x, m, jnp.float32, **options), x, matrix)
-        wanted = on_host(lambda x, m: linear(x, m, jnp.float32), x, _multiplied_out(matrix))
+        found = on_device(lambda x, m: scaled_matmul.scaled_matmul(x, m, jnp.float32, **options), x, matrix)
+        plain = multiplied_out(matrix)
+        if form.block[1] < 64:  # blocks narrower than a step: what is multiplied is rounded
+            plain = plain.astype(ml_dtypes.bfloat16)
+        wanted = on_host(lambda x, m: linear(x, m, jnp.float32), x, plain)
+        return found, wanted, float(np.abs(wanted).max())
+
+    return run
+
+
+def _float8x8_run(size: tuple[int, int, int], target: str) -> Callable[[], tuple[Any, Any, float]]:
+    def run() -> tuple[Any, Any, float]:
+        tokens, inner, out = size
+        rng = np.random.default_rng(size)
+        x = rng.normal(size=(tokens, inner)).astype(ml_dtypes.bfloat16)
+        matrix = in_codes(rng.normal(size=(out, inner)), FORMATS[FLOAT8], target)
+        options = {"float8": Kernels(target).float8, "interpret": target not in AMD}
+        found = on_device(
+            lambda x, m: float8x8_matmul.float8x8_matmul(x, m, jnp.float32, **options), x, matrix
+        )
+        wide = np.zeros((tokens, -(-inner // 128), 128), np.float32)
+        wide.reshape(tokens, -1)[:, :inner] = x
+        scales = np.abs(wide).max(axis=-1, keepdims=True) / np.float32(448)
+        rounded = (wide / scales).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales
+        wanted = rounded.reshape(tokens, -1)[:, :inner] @ multiplied_out(matrix).T
         return found, wanted, float(np.abs(wanted).max())
 
     return run

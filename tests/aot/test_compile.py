@@ -144,7 +144,7 @@ def assert_only_known_calls(program: ProgramReport) -> None:
         "grouped_down",
         "flash_attention",
         "delta_step",
-        "float8_matmul",
+        "scaled_matmul",
     }
     assert {
         name for name in program.custom_calls if name not in ours and "DeviceRadixSort" not in name
@@ -261,7 +261,7 @@ def test_every_kernel_with_a_product_uses_matrix_units(device, float8, tmp_path)
         two_layers(float8=float8), DEVICES[device], expert=EXPERT_RANKS, batch=BATCH, context=CONTEXT
     )
     code = instructions_of(deployment, "decode", tmp_path)
-    names = ["grouped_gate_up", "grouped_down", "flash_attention", *(["float8_matmul"] if float8 else [])]
+    names = ["grouped_gate_up", "grouped_down", "flash_attention", *(["scaled_matmul"] if float8 else [])]
     bodies = re.split(r"^define ", code, flags=re.MULTILINE)[1:]
     for name in names:
         found = [body for body in bodies if name in body.partition("(")[0]]

@@ -89,7 +89,7 @@ def test_no_matrix_is_widened_or_copied_in_a_step(model, decode):
 
 
 def test_every_native_operation_is_in_the_programs(decode, prefill):
-    names = {"embedding": "rows", "float8": None}
+    names = {"embedding": "rows", "scaled": None}
     for operation, known in IMPLEMENTATIONS.items():
         target = names.get(operation, operation)
         if NATIVE not in known.values() or target is None:

@@ -9,11 +9,9 @@ from support.slow import some
 from qwen_moe_jax.checkpoint.block_scales import quantize
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.experts import gathered_kernels, grouped_kernels, tile_rows
-from qwen_moe_jax.kernels.float8_matmul import float8_matmul
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.kernels.tiles import sort_into_tiles
 from qwen_moe_jax.model.experts import dense_experts
-from qwen_moe_jax.model.linear import linear
 
 FORMS = {"gathered": gathered_kernels, "grouped": grouped_kernels}
 
@@ -150,6 +148,7 @@ def test_float8_matrices_are_multiplied_as_if_they_were_multiplied_out(form, blo
     assert_close(run(form, given | float8, widening=widening), given | plain, "bfloat16")
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("tokens", [1, 16, 33, 100])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_float8_matrix_equals_the_plain_product(tokens, block):
@@ -165,6 +164,9 @@ def test_one_float8_matrix_equals_the_plain_product(tokens, block):
 
 
 @pytest.mark.parametrize("seed", some(range(6), lambda i: i < 2))
+=======
+@pytest.mark.parametrize("seed", range(6))
+>>>>>>> 066d395 (Kernels of codes: grouped and gathered experts and single products widen int8, int4, e2m1 and e4m3 in registers; scales of long blocks behind the product; a product of float8 by float8 that is asked for; the operation float8 is now scaled)
 def test_tiles_hold_every_slot_with_a_group_once_and_no_other(seed):
     rng = np.random.default_rng(seed)
     slots, groups, rows = int(rng.integers(1, 200)), int(rng.integers(1, 40)), int(rng.choice([16, 32]))

@@ -1,5 +1,6 @@
 """The compiler for AMD GPUs: the real one, and a few lines that are linked against the same libraries."""
 
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from qwen_moe_jax.aot import toolchain
 from qwen_moe_jax.aot.stubs import c_compiler
+from qwen_moe_jax.kernels.table import Kernels
 
 HIP = "libamdhip64.so.7"  # its symbols have versions
 RCCL = "librccl.so.1"  # these have none
@@ -93,3 +95,20 @@ def make_wheel(folder: Path, plugin: Path) -> Path:
         archive.write(plugin, "jax_plugins/xla_rocm7/xla_rocm_plugin.so")
         archive.writestr("jax_plugins/xla_rocm7/__init__.py", "raise AssertionError('imported')")
     return wheel
+
+
+def kernel_code(lowered: jax.stages.Lowered, kernels: Kernels, folder: Path, name: str) -> list[str]:
+    """LLVM's optimised code of the functions that are named after a kernel.
+
+    Args:
+        lowered: for a described device.
+        kernels: of its target.
+        folder: to write all code to; of another program if it is not empty.
+        name: of the kernel, as `launch` was given it.
+    """
+    if not any(folder.iterdir()):
+        options: dict[str, str | bool] = {**(kernels.compiler_options or {}), "xla_dump_to": str(folder)}
+        lowered.compile(compiler_options=options)
+    code = "".join(file.read_text() for file in folder.glob("*ir-with-opt.ll"))
+    bodies = re.split(r"^define ", code, flags=re.MULTILINE)[1:]
+    return [body for body in bodies if name in body.partition("(")[0]]

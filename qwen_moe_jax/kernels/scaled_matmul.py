@@ -1,4 +1,4 @@
-"""One float8 matrix times a few rows: the product of `grouped_matmul.py` with a single group."""
+"""One matrix of codes and block scales times a few rows: `grouped_matmul.py` with a single group."""
 
 from math import prod
 
@@ -12,10 +12,10 @@ from qwen_moe_jax.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.kernels.tiles import Tiles
 
 
-def float8_matmul(
+def scaled_matmul(
     x: jax.Array, weight: BlockScaled, dtype: DTypeLike, *, widening: str, interpret: bool
 ) -> jax.Array:
-    """x @ weight^T, the matrix rounded to x.dtype as it is read, accumulated in float32 and rounded once.
+    """x @ weight^T, the matrix widened as it is read, accumulated in float32 and rounded once.
 
     Args:
         x: [..., in].
@@ -37,10 +37,10 @@ def float8_matmul(
         _one_group(tokens, rows),
         gated=False,
         slots_per_row=1,
-        sizes=tile_sizes(rows, float8=True),
+        sizes=tile_sizes(rows, codes=True),
         expected_groups=1,
         widening=widening,
-        name="float8_matmul",
+        name="scaled_matmul",
         interpret=interpret,
         dtype=dtype,
     )
