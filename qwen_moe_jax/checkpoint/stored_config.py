@@ -40,7 +40,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         for scheme in quantization.schemes()
     } - {".weight"}
     mtp = {key: dtype for key, dtype in dtypes.items() if key.startswith(prefix)}
-    if mtp and not any(
+    if not any(
         key.endswith(tuple(endings)) or dtype in ("F8_E4M3", "U8", "I8", "I32") for key, dtype in mtp.items()
     ):
         plain = Rule((prefix.replace(".", r"\."),), None)
@@ -63,7 +63,7 @@ def _of_orbax(folder: Path, quantization: Quantization) -> Quantization:
     arrays = stored_arrays(folder)
     names = {a.dtype.name for n, a in arrays.items() if is_side(n) and n == scale_name(matrix_name(n))}
     mtp = stored_arrays(folder, mtp=True)
-    if mtp and not any(is_side(name) for name in mtp):
+    if not any(is_side(name) for name in mtp):
         plain = Rule((PART_PREFIXES["mtp"].replace(".", r"\."),), None)
         quantization = dataclasses.replace(quantization, rules=(plain, *quantization.rules))
     return quantization.with_scales_in(_widest(names & {"float32", "bfloat16", "float16"}))

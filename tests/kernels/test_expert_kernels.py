@@ -148,25 +148,7 @@ def test_float8_matrices_are_multiplied_as_if_they_were_multiplied_out(form, blo
     assert_close(run(form, given | float8, widening=widening), given | plain, "bfloat16")
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("tokens", [1, 16, 33, 100])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_one_float8_matrix_equals_the_plain_product(tokens, block):
-    rng = np.random.default_rng(tokens)
-    x = jnp.asarray(rng.normal(size=(1, tokens, 200)), jnp.bfloat16)
-    stack = scaled(jnp.asarray(rng.normal(size=(1, 90, 200))), block, INTERPRETED)
-    matrix = jax.tree.map(lambda a: a[0], stack)
-    found = float8_matmul(x, matrix, jnp.float32, widening=INTERPRETED.kernel_widening, interpret=True)
-    wanted = linear(x, matrix.multiplied_out(jnp.bfloat16), jnp.float32)
-    assert found.shape == (1, tokens, 90)
-    # both accumulate exact products of bfloat16 in float32
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT32_TOLERANCE * np.abs(wanted).max())
-
-
 @pytest.mark.parametrize("seed", some(range(6), lambda i: i < 2))
-=======
-@pytest.mark.parametrize("seed", range(6))
->>>>>>> 066d395 (Kernels of codes: grouped and gathered experts and single products widen int8, int4, e2m1 and e4m3 in registers; scales of long blocks behind the product; a product of float8 by float8 that is asked for; the operation float8 is now scaled)
 def test_tiles_hold_every_slot_with_a_group_once_and_no_other(seed):
     rng = np.random.default_rng(seed)
     slots, groups, rows = int(rng.integers(1, 200)), int(rng.integers(1, 40)), int(rng.choice([16, 32]))
