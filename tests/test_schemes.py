@@ -169,14 +169,23 @@ def test_presets_quantise_the_layers_products_and_nothing_that_decides(name):
     for module in (ROUTER, "layers.3.mlp.shared_expert_gate", "layers.0.linear_attn.in_proj_b", "lm_head"):
         assert found.scheme(module) is None, module
     assert found.same_for_all_experts
+    only = preset(name, experts_only=True)
+    assert only.scheme(EXPERT) == found.scheme(EXPERT)
+    assert only.scheme(SHARED) is only.scheme(QUERY) is None
     if name != "fp8":
-        only = preset(name, experts_only=True)
-        assert only.scheme(EXPERT) == found.scheme(EXPERT)
-        assert only.scheme(SHARED) is only.scheme(QUERY) is None
         raw = json.loads(found.source)
         [group] = raw["config_groups"].values()
         # the library takes it, too
         QuantizationScheme(targets=group["targets"], weights=QuantizationArgs(**group["weights"]))
+
+
+def test_fp8_leaves_what_it_names_and_what_lies_inside():
+    kept = ["lm_head", "model.language_model.layers.3.mlp.shared_expert", "model.layers.3.self_attn.q_proj"]
+    raw = json.loads(preset("fp8").source) | {"modules_to_not_convert": kept}
+    assert codes_of(raw, EXPERT) == codes_of(raw, "layers.4.self_attn.q_proj") == ("e4m3", (128, 128))
+    assert codes_of(raw, SHARED) is codes_of(raw, QUERY) is codes_of(raw, ROUTER) is None
+    with pytest.raises(ConfigError, match="modules_to_not_convert is 'lm_head'"):
+        read_quantization(raw | {"modules_to_not_convert": "lm_head"})
 
 
 def test_every_dtype_is_the_name_of_what_it_means():
@@ -184,7 +193,8 @@ def test_every_dtype_is_the_name_of_what_it_means():
         assert dtype_of(of_dtype(dtype)) == dtype
     with pytest.raises(InputError, match="dtype is 'int3'"):
         of_dtype("int3")
-    for given, message in (("fp5", "format is 'fp5'"), ("int4", "group is 7")):
+    wrong = (("fp5", "format is 'fp5'"), ("int4", "group is 7"), ("fp8", "blocks of 128 x 128"))
+    for given, message in wrong:
         with pytest.raises(InputError, match=message):
             preset(given, group=7)
     with pytest.raises(InputError, match="mxfp4 has groups of 32"):

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.schemes.scheme import CLASS, Quantization, Rule, Scheme, exactly
+from qwen_moe_jax.schemes.scheme import CLASS, Quantization, Rule, Scheme
 
 _FORMATS = (
     "pack-quantized",
@@ -33,18 +33,18 @@ def read_compressed(raw: Mapping[str, Any]) -> Quantization:
     for key in ("sparsity_config", "transform_config"):
         if raw.get(key):
             raise ConfigError(f"quantization_config has a {key}, which is not implemented; expected none.")
-    rules = [Rule(tuple(map(_pattern, raw.get("ignore") or ())), None)]
+    rules = [_rule(raw.get("ignore") or (), None)]
     found: list[tuple[int, Rule]] = []
     for name, group in groups.items():
         scheme = _scheme(name, group, group.get("format") or raw.get("format"))
         targets = group.get("targets") or []
         # an exact name counts before a pattern, and a pattern before a class
         for rank, wanted in enumerate((_is_name, _is_pattern, _is_class)):
-            patterns = tuple(_pattern(target) for target in targets if wanted(target))
-            if patterns:
-                found.append((rank, Rule(patterns, scheme)))
+            those = [target for target in targets if wanted(target)]
+            if those:
+                found.append((rank, _rule(those, scheme)))
     rules += [rule for _, rule in sorted(found, key=lambda pair: pair[0])]
-    kept = tuple(rule for rule in rules if rule.patterns)
+    kept = tuple(rule for rule in rules if rule.patterns or rule.names)
     return Quantization("compressed-tensors", kept, json.dumps(raw, sort_keys=True))
 
 
@@ -60,15 +60,19 @@ def _is_name(target: str) -> bool:
     return not _is_pattern(target) and not _is_class(target)
 
 
-def _pattern(target: Any) -> str:
-    if not isinstance(target, str):
-        raise ConfigError(f"quantization_config names the module {target!r}; expected a string.")
+def _rule(targets: Iterable[Any], scheme: Scheme | None) -> Rule:
+    for target in targets:
+        if not isinstance(target, str):
+            raise ConfigError(f"quantization_config names the module {target!r}; expected a string.")
+    names = frozenset(filter(_is_name, targets))
+    return Rule(tuple(_pattern(t) for t in targets if t not in names), scheme, names)
+
+
+def _pattern(target: str) -> str:
     if _is_class(target):
         if target != "Linear":
             raise ConfigError(f"quantization_config targets the class {target!r}; expected 'Linear'.")
         return CLASS
-    if not _is_pattern(target):
-        return exactly(target)
     try:
         re.compile(target[3:])
     except re.error as error:

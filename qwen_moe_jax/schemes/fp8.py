@@ -33,7 +33,7 @@ FP8 = Quantization(
 
 
 def read_fp8(raw: Mapping[str, Any]) -> Quantization:
-    """The published FP8 layout.
+    """The published FP8 layout; of `modules_to_not_convert` also what lies inside is not quantised.
 
     Raises:
         ConfigError: another one.
@@ -45,4 +45,10 @@ def read_fp8(raw: Mapping[str, Any]) -> Quantization:
                 f"quantization_config has {key} {value!r}; only {implemented!r} is implemented for "
                 "quant_method 'fp8'."
             )
-    return FP8
+    kept = raw.get("modules_to_not_convert") or []
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise ConfigError(f"modules_to_not_convert is {kept!r}; expected a list of names.")
+    if not kept:
+        return FP8
+    named = Rule((), None, frozenset(kept), inside=True)
+    return Quantization("fp8", (named, *FP8.rules), json.dumps(raw, sort_keys=True))

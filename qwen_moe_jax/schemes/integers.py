@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme, exactly
+from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme
 
 
 def read_gptq(raw: Mapping[str, Any]) -> Quantization:
@@ -56,7 +56,7 @@ def read_auto_round(raw: Mapping[str, Any]) -> Quantization:
         bits = override.get("bits", raw.get("bits"))
         scheme = None if isinstance(bits, int) and bits >= 16 else make({**raw, **override})
         if re.fullmatch(r"[\w.]+", name):
-            exact.append(Rule((exactly(name),), scheme))
+            exact.append(Rule((), scheme, frozenset([name])))
         else:
             patterns.append(Rule((f".*?(?:{_checked(name)})",), scheme))
     rules = (*exact, *patterns, *_not_converted(raw), _inside(raw, make(raw), []))

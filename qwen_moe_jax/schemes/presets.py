@@ -5,7 +5,7 @@ import json
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.schemes.compressed import read_compressed
 from qwen_moe_jax.schemes.fp8 import FP8
-from qwen_moe_jax.schemes.scheme import Quantization
+from qwen_moe_jax.schemes.scheme import Quantization, Rule
 
 FORMATS = ("fp8", "int8", "int4", "mxfp4")
 
@@ -36,12 +36,13 @@ def preset(name: str, *, experts_only: bool = False, group: int | None = None) -
     """
     if name not in FORMATS:
         raise InputError(f"format is {name!r}; expected one of {', '.join(FORMATS)}.")
+    if name == "fp8" and group is not None:
+        raise InputError("fp8 has blocks of 128 x 128; a group size is for int8 and int4.")
     if name == "fp8" and not experts_only:
-        if group is not None:
-            raise InputError("fp8 has blocks of 128 x 128; a group size is for int8 and int4.")
         return FP8
     if name == "fp8":
-        raise InputError("fp8 is written for all matrices, as it is published; leave experts_only out.")
+        others = Rule((r"(?!.*\.mlp\.experts\.)",), None)
+        return Quantization("fp8", (others, *FP8.rules), FP8.source)
     columns = _GROUPS[name] if group is None else group
     if isinstance(columns, bool) or not isinstance(columns, int) or columns < 16 or columns % 16:
         raise InputError(f"group is {group!r}; expected a multiple of 16.")

@@ -43,10 +43,22 @@ class Rule:
         patterns: regular expressions that a name is to match from its beginning, or `CLASS` for every linear
             layer.
         scheme: of these modules; None means that they are not quantised.
+        names: that fit as they are.
+        inside: whether a module also fits that lies inside one of those names.
     """
 
     patterns: tuple[str, ...]
     scheme: Scheme | None
+    names: frozenset[str] = frozenset()
+    inside: bool = False
+
+    def fits(self, names: tuple[str, ...]) -> bool:
+        """Whether any of a module's names does."""
+        if self.names and any(
+            _outer(name) & self.names if self.inside else name in self.names for name in names
+        ):
+            return True
+        return any(_fits(pattern, names) for pattern in self.patterns)
 
 
 # Fits every module that is a linear layer in the reference.
@@ -84,15 +96,15 @@ class Quantization:
         """
         names = tuple(p + module for p in _PREFIXES) if root == "model." else (root + module,)
         for rule in self.rules:
-            if any(_fits(pattern, names) for pattern in rule.patterns):
+            if rule.fits(names):
                 return rule.scheme
         return None
 
     @cached_property
     def same_for_all_experts(self) -> bool:
         """Whether no pattern holds a number that could be an expert's, so that looking at one is enough."""
-        patterns = [pattern for rule in self.rules for pattern in rule.patterns]
-        return not any(re.search(r"\d", _NO_EXPERT.sub("", pattern)) for pattern in patterns)
+        said = [text for rule in self.rules for text in (*rule.patterns, *rule.names)]
+        return not any(re.search(r"\d", _NO_EXPERT.sub("", text)) for text in said)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur, each once."""
@@ -109,6 +121,12 @@ class Quantization:
         return dataclasses.replace(self, rules=rules)
 
 
+def _outer(name: str) -> set[str]:
+    """A module's name, and those of the modules that it lies in."""
+    parts = name.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
+
+
 def _fits(pattern: str, names: tuple[str, ...]) -> bool:
     if pattern == CLASS:
         return not names[-1].endswith(NEVER_LINEAR)
@@ -119,8 +137,3 @@ def _fits(pattern: str, names: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
-
-
-def exactly(name: str) -> str:
-    """The pattern of one name."""
-    return re.escape(name) + r"\Z"

@@ -236,6 +236,18 @@ def test_damaged_checkpoints_are_named(change, message, tmp_path):
         loaded(folder)
 
 
+def test_fp8_of_the_experts_alone_reads_as_it_was_written(tmp_path):
+    source = codes_pair(tmp_path / "made", 7, KINDS["packed int4"]).plain
+    quantize_checkpoint(source, tmp_path / "fp8", quantization=preset("fp8", experts_only=True))
+    model, plain = loaded(tmp_path / "fp8"), loaded(source)
+    forms = forms_of(model)
+    assert {name.split(".mlp.")[1] for name in forms} == {"experts.gate_up_proj", "experts.down_proj"}
+    for name in model._parameters.keys() & plain._parameters.keys() - forms.keys():
+        np.testing.assert_array_equal(
+            np.asarray(model._parameters[name]), np.asarray(plain._parameters[name])
+        )
+
+
 def test_a_shared_expert_in_another_format_is_not_fused(tmp_path):
     sizes = {"shared_expert_intermediate_size": 64}
     folder = codes_pair(tmp_path, 7, KINDS["quark"], sizes).codes
