@@ -33,9 +33,9 @@ def main() -> None:
     """Every variant that this processor runs; a finding ends the process."""
     build._FLAGS = (*build._FLAGS, *SANITIZERS)
     for variant in build.runnable_variants():
-        for case in linear_cases(seed=101, count=15):
+        for case in linear_cases(seed=101, count=40):
             check_linear(*case, variant)
-        for index, given in enumerate(expert_cases(seed=102, count=5)):
+        for index, given in enumerate(expert_cases(seed=102, count=12)):
             check_experts(given, variant, by_slot=index % 2 == 1)
         for shape in CONV_SHAPES:
             for dtype in ("float32", "bfloat16"):

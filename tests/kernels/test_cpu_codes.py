@@ -47,12 +47,10 @@ def products(x: jax.Array, matrices: list[BlockScaled], out: str, variant: str) 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_products_of_any_blocks_scales_and_tokens(variant, codes, zeros, dtype):
     rng = np.random.default_rng([18, *codes.encode(), zeros])
-    sizes = itertools.cycle(
-        [(1, 33, 96), (2, 7, 130), (5, 32, 1024), (8, 1, 64), (16, 45, 320), (17, 31, 1026)]
-    )
+    sizes = itertools.cycle([(1, 33, 96), (2, 7, 130), (5, 32, 1024), (8, 1, 64), (17, 31, 1026)])
     for first in range(0, len(BLOCKS), 3):
         some = [(block, scales) for block in BLOCKS[first : first + 3] for scales in SCALE_DTYPES]
-        for tokens, rows, depth in (next(sizes), next(sizes), (int(rng.integers(1, 41)), 40, 258)):
+        for tokens, rows, depth in (next(sizes), (int(rng.integers(1, 41)), 40, 258)):
             x = jnp.asarray(rng.normal(size=(tokens, depth)), dtype)
             matrices = [draw_codes(rng, (rows, depth), codes, *each, zeros) for each in some]
             out = str(rng.choice([FLOAT32, BFLOAT16]))

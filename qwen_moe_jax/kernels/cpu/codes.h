@@ -50,17 +50,15 @@ struct Codes<Type::E2M1> {
   static Bytes read(Words codes) {
     Words low = codes & 0x0f0f0f0fu, high = (codes >> 4) & 0x0f0f0f0fu;
 #if defined(__AVX2__)
-    // e2m1_byte of 0 .. 15
-    const __m128i table = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
 #if defined(__AVX512F__)
-    __m512i all = _mm512_broadcast_i32x4(table);
+    __m512i all = _mm512_broadcast_i32x4(e2m1_table());
     return {{(Words)_mm512_shuffle_epi8(all, (__m512i)low), (Words)_mm512_shuffle_epi8(all, (__m512i)high) }};
 #else
-    __m256i all = _mm256_broadcastsi128_si256(table);
+    __m256i all = _mm256_broadcastsi128_si256(e2m1_table());
     return {{(Words)_mm256_shuffle_epi8(all, (__m256i)low), (Words)_mm256_shuffle_epi8(all, (__m256i)high) }};
 #endif
 #else
-    return {{looked_up(low), looked_up(high)}};
+    return {{ looked_up(low), looked_up(high) }};
 #endif
   }
 #if !defined(__AVX2__)
@@ -81,58 +79,79 @@ struct Codes<Type::E2M1> {
   static constexpr long place(long k) { return k % PARTS * LANES + k / PARTS; }
 };
 
+#if defined(__AVX512F__)
+// Pairs of bytes as pairs of float16 (see from_float8), the first of each pair in one vector, the second in
+// another; so elements lie as bfloat16's do.
 template <>
 struct Codes<Type::F8> {
-  static constexpr long PARTS = 4;
+  static constexpr long PARTS = 4, RUN = 0;
   static constexpr float UNIT = 256, BIAS = 0;
-  static constexpr int exponent(long) { return 0; }
-#if defined(__AVX512F__) || (defined(__F16C__) && defined(__AVX2__))
-  // Pairs of bytes as pairs of float16 (see from_float8), the first of each pair in one vector, the second in
-  // another; so elements lie as bfloat16's do.
-  static constexpr long RUN = 0;
-  static constexpr long place(long k) {
-    long within = k % (2 * LANES);
-    return k - within + within / 2 + (within % 2 ? LANES : 0);
-  }
-#if defined(__AVX512F__)
   struct Halves {
     __m512i of_pair[2];
   };
   static Halves read(Words codes) {
     __m512i pairs = (__m512i)codes, keep = _mm512_set1_epi16((short)0xbf80);
-    return {
-        { _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(pairs, 8), 1), keep),
-          _mm512_and_si512(_mm512_srai_epi16(pairs, 1), keep) }};
+    return {{_mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(pairs, 8), 1), keep),
+             _mm512_and_si512(_mm512_srai_epi16(pairs, 1), keep)}};
   }
   template <int N>
   static Floats part(const Halves& halves) {
     __m512i all = halves.of_pair[N % 2];
     return (Floats)_mm512_cvtph_ps(N < 2 ? _mm512_castsi512_si256(all) : _mm512_extracti64x4_epi64(all, 1));
   }
-#else
-  struct Halves {
-    __m256i of_pair[2];
+  static constexpr int exponent(long) { return 0; }
+  static constexpr long place(long k) {
+    long within = k % (2 * LANES);
+    return k - within + within / 2 + (within % 2 ? LANES : 0);
+  }
+};
+#elif defined(__x86_64__)
+// Sign, exponent and mantissa where a float32 has them: 2^-120 of the number, subnormal ones included, as
+// long as `Subnormals` lives. Tokens are 2^60 times as large, so that their products are no subnormal
+// numbers.
+template <>
+struct Codes<Type::F8> {
+  static constexpr long PARTS = 4, RUN = 4;
+  static constexpr float UNIT = 0x1p60f, BIAS = 0;
+  struct Pairs {
+    Words of_pair[2];
   };
-  static Halves read(Words codes) {
-    __m256i pairs = (__m256i)codes, keep = _mm256_set1_epi16((short)0xbf80);
-    return {
-        { _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 1), keep),
-          _mm256_and_si256(_mm256_srai_epi16(pairs, 1), keep) }};
+  static Pairs read(Words codes) {
+    typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+    Words first = (codes & 0x00ff00ffu) << 8;
+    return {{(Words)((Shorts)first >> 4), (Words)((Shorts)codes >> 4)}};
   }
   template <int N>
-  static Floats part(const Halves& halves) {
-    __m256i all = halves.of_pair[N % 2];
-    return (Floats)_mm256_cvtph_ps(N < 2 ? _mm256_castsi256_si128(all) : _mm256_extracti128_si256(all, 1));
+  static Floats part(const Pairs& pairs) {
+    Words codes = pairs.of_pair[N % 2];
+    return (Floats)((N < 2 ? codes << 16 : codes) & 0x87f00000u);
   }
-#endif
+  static constexpr int exponent(long) { return -60; }
+  static constexpr long place(long k) { return k % PARTS * LANES + k / PARTS; }
+};
 #else
-  static constexpr long RUN = 4;
+template <>
+struct Codes<Type::F8> {
+  static constexpr long PARTS = 4, RUN = 4;
+  static constexpr float UNIT = 256, BIAS = 0;
   static Words read(Words codes) { return codes; }
   template <int N>
   static Floats part(Words codes) {
     return float8_of_bytes(codes >> 8 * N & 0xffu);
   }
+  static constexpr int exponent(long) { return 0; }
   static constexpr long place(long k) { return k % PARTS * LANES + k / PARTS; }
+};
+#endif
+
+// While it lives, subnormal numbers that are read count as themselves; XLA's threads take them for zero.
+struct Subnormals {
+#if defined(__x86_64__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  Subnormals() { __builtin_ia32_ldmxcsr(before & ~0x40u); }
+  ~Subnormals() { __builtin_ia32_ldmxcsr(before); }
+#else
+  Subnormals() {}
 #endif
 };
 

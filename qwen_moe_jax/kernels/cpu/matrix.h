@@ -106,13 +106,30 @@ inline int e2m1_byte(int code) {
   return code & 8 ? 12 - twice : 12 + twice;
 }
 
-// Codes of four bits, `count` of them, a byte each.
-inline void unpack_nibbles(const uint8_t* from, long count, uint8_t* out) {
-  for (long i = 0; i < count / 2; i++) {
-    out[2 * i] = from[i] & 15;
-    out[2 * i + 1] = from[i] >> 4;
+#if defined(__AVX2__)
+// The same of all codes.
+inline __m128i e2m1_table() {
+  return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+}
+#endif
+
+// `count` codes of four bits, a byte each; of E2M1 as of e2m1_byte.
+inline void unpack_nibbles(Type type, const uint8_t* from, long count, uint8_t* out) {
+  long i = 0;
+#if defined(__AVX2__)
+  for (; i + 32 <= count; i += 32) {
+    __m128i codes = load<__m128i>(from + i / 2), mask = _mm_set1_epi8(15);
+    __m128i low = _mm_and_si128(codes, mask), high = _mm_and_si128(_mm_srli_epi16(codes, 4), mask);
+    if (type == Type::E2M1)
+      low = _mm_shuffle_epi8(e2m1_table(), low), high = _mm_shuffle_epi8(e2m1_table(), high);
+    store(out + i, _mm_unpacklo_epi8(low, high));
+    store(out + i + 16, _mm_unpackhi_epi8(low, high));
   }
-  if (count % 2) out[count - 1] = from[count / 2] & 15;
+#endif
+  for (; i < count; i++) {
+    int code = i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15;
+    out[i] = (uint8_t)(type == Type::E2M1 ? e2m1_byte(code) : code);
+  }
 }
 
 // `count` codes of one block, a byte each, less `zero` and times `scale`.
@@ -142,9 +159,7 @@ inline void widen_codes(const Matrix& w, long row, long begin, long count, float
     const uint8_t* from = (const uint8_t*)w.row(row) + (begin + i) * bits_of(w.type) / 8;
     uint8_t bytes[CHUNK];
     if (bits_of(w.type) == 4) {
-      unpack_nibbles(from, some, bytes);
-      if (w.type == Type::E2M1)
-        for (long j = 0; j < some; j++) bytes[j] = (uint8_t)e2m1_byte(bytes[j]);
+      unpack_nibbles(w.type, from, some, bytes);
       from = bytes;
     }
     for (long j = 0; j < some;) {

@@ -137,6 +137,7 @@ inline void scaled_panel(const ScaledPanel& p, const Operand& x, long token, flo
 
 template <Type T>
 inline void scaled_tokens(const ScaledPanel& p, const Operand& x, float* c, long ldc) {
+  Subnormals count;
   by_tokens(x.tokens, [&](auto group, long t) { scaled_panel<T, group()>(p, x, t, c, ldc); });
 }
 
