@@ -13,6 +13,7 @@ import jaxlib.version
 from qwen_moe_jax.aot import private_jax, toolchain
 from qwen_moe_jax.aot.drafting import verify_collectives, verify_work
 from qwen_moe_jax.aot.hlo import Module, collectives, custom_calls
+from qwen_moe_jax.aot.launches import kernel_launches
 from qwen_moe_jax.aot.minimum import collective_bytes, least_work, roofline
 from qwen_moe_jax.aot.programs import PROGRAMS, VERIFY, Deployment
 from qwen_moe_jax.aot.report import CompileReport, ProgramReport, largest_operations
@@ -195,6 +196,7 @@ def _program_report(
         code=memory.generated_code_size_in_bytes,
         collectives=tuple(collectives(module)),
         custom_calls=calls,
+        kernels=kernel_launches(module),
         flops=flops,
         traffic=moved.bytes,
         traffic_by_part=moved.by_part(),

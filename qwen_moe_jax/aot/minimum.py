@@ -10,6 +10,7 @@ evenly are rounded up. Experts are taken to be chosen evenly and independently: 
 """
 
 import dataclasses
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -368,8 +369,13 @@ def _flops(layout: Layout, policy: DtypePolicy, share: _Share, tokens: int, cont
     return _used(found)
 
 
-def _held(layout: Layout, policy: DtypePolicy) -> Iterator[tuple[str, tuple[int, ...], int]]:
+@functools.lru_cache(maxsize=64)  # a curve asks for as many batches of a layout
+def _held(layout: Layout, policy: DtypePolicy) -> tuple[tuple[str, tuple[int, ...], int], ...]:
     """(name, shape, bytes) of every array that a device holds; layers of a kind are alike, names included."""
+    return tuple(_each_held(layout, policy))
+
+
+def _each_held(layout: Layout, policy: DtypePolicy) -> Iterator[tuple[str, tuple[int, ...], int]]:
     kinds = list(dict.fromkeys(layout.config.layer_types))
     for name, target in _one_of_each_kind(layout).targets(policy).items():
         struct = target.struct
@@ -386,6 +392,7 @@ def _one_of_each_kind(layout: Layout) -> Layout:
     return dataclasses.replace(layout, config=config)
 
 
+@functools.lru_cache(maxsize=1024)
 def _component(name: str) -> str:
     return next(iter(by_component({name: 1})))
 

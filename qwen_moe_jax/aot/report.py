@@ -31,6 +31,7 @@ class ProgramReport:
         code: bytes of the executable.
         collectives: of a call.
         custom_calls: what XLA does not see into, and how often.
+        kernels: that a call starts, copies and the custom calls among them, collectives not.
         flops: of a call: XLA's count and what this library's kernels say of themselves.
         traffic: bytes that a call reads and writes in memory, counted operation by operation.
         traffic_by_part: the same, by the model's parts; "other" is between them.
@@ -49,6 +50,7 @@ class ProgramReport:
     code: int
     collectives: tuple[CollectiveOperation, ...]
     custom_calls: Mapping[str, float]
+    kernels: float
     flops: float
     traffic: float
     traffic_by_part: Mapping[str, float]
@@ -98,7 +100,7 @@ class ProgramReport:
                 f"  {one.count:>4.0f} x {one.kind} of {size_in_words(int(one.bytes))} among {one.group}"
             )
         calls = ", ".join(f"{count:.0f} x {name}" for name, count in self.custom_calls.items())
-        return [*lines, f"  custom calls   {calls or 'none'}"]
+        return [*lines, f"  custom calls   {calls or 'none'}", f"  kernels        {self.kernels:,.0f}"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
