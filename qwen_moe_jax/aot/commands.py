@@ -65,6 +65,27 @@ def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse
         "plan", parents=[common, planning], help="the layouts that are best for a batch and context"
     )
     command.add_argument("--top", type=int, default=5, help="how many layouts (default 5)")
+    command.add_argument(
+        "--curve",
+        action="store_true",
+        help="model times with latencies: tokens/s a GPU against tokens/s a user, over batches and layouts",
+    )
+    command.add_argument(
+        "--prompt",
+        type=int,
+        metavar="N",
+        help="with the curve: N tokens of the context are read, the rest decoded",
+    )
+    command.add_argument(
+        "--acceptance", type=float, metavar="A", help="with the curve: how often a draft holds (default 0.8)"
+    )
+    command.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="with the curve: another assumption, such as launch=0 or memory=0.9; may be repeated",
+    )
     command.set_defaults(run=_plan)
 
 
@@ -74,6 +95,18 @@ def kernels_asked(text: str) -> str | dict[str, str]:
         return text
     pairs = [pair.partition("=") for pair in text.split(",")]
     return {operation.strip(): implementation.strip() for operation, _, implementation in pairs}
+
+
+def assumptions_asked(given: list[str]) -> dict[str, float]:
+    """["memory=0.9", "launch=0"] as a mapping."""
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            raise InputError(f"--assume is {text!r}; expected NAME=NUMBER, such as memory=0.9.") from None
+    return found
 
 
 def _toolchain(options: argparse.Namespace) -> None:
@@ -161,6 +194,10 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.count is None:
         raise InputError("plan needs --count, how many devices there are.")
+    asked: dict[str, Any] = {"prompt": options.prompt, "acceptance": options.acceptance}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if options.assume:
+        asked["assume"] = assumptions_asked(options.assume)
     report = plan(
         _config(options),
         find_device(options.device),
@@ -169,6 +206,8 @@ def _plan(options: argparse.Namespace) -> int:
         context=options.context,
         draft_tokens=options.draft_tokens,
         top=options.top,
+        curve=options.curve or bool(asked),
+        **asked,
     )
     _give(report, options)
     return 0 if report.fitting else 1

@@ -7,11 +7,13 @@ measured: the order is that of upper bounds, so layouts that are close are to be
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from qwen_moe_jax.aot.assumptions import assumptions_for
+from qwen_moe_jax.aot.curve import Curve, rate_curve
 from qwen_moe_jax.aot.drafting import DraftEstimate, draft_estimates
 from qwen_moe_jax.aot.minimum import Roofline, collective_bytes, least_work, roofline
 from qwen_moe_jax.checkpoint.inspect import size_in_words
@@ -90,6 +92,7 @@ class Plan:
         fit: how many of them fit.
         drafts: of the best layout that fits, what 1, 2, ... drafts a row and step give; () without drafts.
         formats: of the best layout, dtype of the layers' matrices -> what it would be with that.
+        curve: tokens a second and GPU against tokens a second and user, by the time model, or None.
     """
 
     parameters: int
@@ -104,6 +107,7 @@ class Plan:
     fit: int
     drafts: tuple[DraftEstimate, ...] = ()
     formats: dict[str, Option] = dataclasses.field(default_factory=dict)
+    curve: Curve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it; of the device its name."""
@@ -111,7 +115,9 @@ class Plan:
         options = {name: [option.to_dict() for option in found[name]] for name in ("fitting", "too_large")}
         drafts = [dataclasses.asdict(one) for one in self.drafts]
         formats = {dtype: option.to_dict() for dtype, option in self.formats.items()}
-        return found | options | {"device": self.device.name, "drafts": drafts, "formats": formats}
+        modelled = None if self.curve is None else self.curve.to_dict()
+        others = {"drafts": drafts, "formats": formats, "curve": modelled}
+        return found | options | {"device": self.device.name} | others
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -145,6 +151,8 @@ class Plan:
                 f"{_HEADER}{'too much':>11}",
                 *(f"{_columns(option)}{size_in_words(option.over):>11}" for option in self.too_large),
             ]
+        if self.curve is not None:
+            lines.append(str(self.curve))
         return "\n".join([*lines, self._memory()])
 
     def _formats(self) -> list[str]:
@@ -224,6 +232,10 @@ def plan(
     shared_expert: str = "sharded",
     draft_tokens: int = 0,
     top: int = 5,
+    curve: bool = False,
+    prompt: int = 0,
+    acceptance: float = 0.8,
+    assume: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The best layouts of a model on so many devices, for decoding a batch.
 
@@ -238,9 +250,16 @@ def plan(
         shared_expert: as of `Layout`. "sharded" reads and holds the least.
         draft_tokens: with multi-token prediction of one layer, and estimates of 1 to so many drafts a step.
         top: how many layouts that fit, and how many that do not, are given.
+        curve: model times with latencies, and give tokens a second and GPU against those a user gets,
+            whatever `batch` is.
+        prompt: tokens of the context that are read before the rest is decoded, for the curve; 0 means that
+            nothing is read, and that rows have the whole context.
+        acceptance: probability that a draft behind one that held holds, for the curve.
+        assume: what the curve assumes otherwise, as of `Assumptions.changed`.
 
     Raises:
-        InputError: a number or dtype that is none, or a context that the model does not have.
+        InputError: a number or dtype that is none, a context that the model does not have, or a curve of a
+            device that nothing is known of.
     """
     quantization = config.quantization if dtype is None else of_dtype(dtype)
     dtype = dtype_of(quantization) if dtype is None else dtype
@@ -253,6 +272,9 @@ def plan(
         )
     check_drafts(draft_tokens)
     config = dataclasses.replace(config, quantization=quantization)
+    if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < context:
+        raise InputError(f"prompt is {prompt!r}; expected 0 to fewer than the context's {context} tokens.")
+    assumptions = assumptions_for(device).changed(assume or {}) if curve else None
     layouts = list(_layouts(config, count, shared_expert))
     options = [_option(layout, device, batch, context, drafter=bool(draft_tokens)) for layout in layouts]
     fitting = [option for option in options if option.fits]
@@ -276,6 +298,18 @@ def plan(
             )
     if fitting and draft_tokens:
         drafts = draft_estimates(best, _POLICY, device, batch=batch, context=context - 1, most=draft_tokens)
+    modelled = None
+    if assumptions is not None:
+        modelled = rate_curve(
+            zip(layouts, (option.largest_batch for option in options), strict=True),
+            _POLICY,
+            device,
+            assumptions,
+            context=context,
+            prompt=prompt,
+            drafts=draft_tokens,
+            acceptance=acceptance,
+        )
     return Plan(
         parameters=count_parameters(parameter_shapes(config), parameter_forms(config)),
         device=device,
@@ -289,6 +323,7 @@ def plan(
         fit=len(fitting),
         drafts=drafts,
         formats=formats,
+        curve=modelled,
     )
 
 
