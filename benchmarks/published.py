@@ -62,7 +62,7 @@ class Result:
 
 def time_model(result: Result, decoding: Program, reading: Program, graphs: bool) -> TimeModel:
     """Of the published layout: every matrix in slices."""
-    config = find_config(result.model, float8=result.float8)
+    config = find_config(result.model, dtype="float8" if result.float8 else None)
     layout = Layout(config, abstract_mesh(1, 1, result.tensor), "tensor", "sharded", "psum", ragged=True)
     device = find_device("mi355x")
     return TimeModel(layout, POLICY, device, assumptions_for(device, graphs=graphs), decoding, reading)
