@@ -131,7 +131,7 @@ def test_awqs_exceptions_are_parts_of_names():
     }
     assert codes_of(raw, EXPERT) == ("int4", (1, 64))
     assert codes_of(raw, QUERY) is codes_of(raw, ROUTER) is None
-    with pytest.raises(ConfigError, match="version 'gemv'"):
+    with pytest.raises(ConfigError, match="version 'gemv'; implemented"):
         read_quantization(raw | {"version": "gemv"})
 
 
@@ -139,7 +139,7 @@ WRONG = [
     (compressed({}), "no config_groups"),
     (compressed({"g": {"targets": ["Conv1d"], "weights": weights()}}), "class 'Conv1d'; expected 'Linear'"),
     (compressed({"g": {"targets": ["re:("], "weights": weights()}}), "no regular expression"),
-    (compressed({"g": {"targets": ["Linear"], "weights": weights(3)}}), "4 or 8 bit integers by group"),
+    (compressed({"g": {"targets": ["Linear"], "weights": weights(3)}}), "num_bits 3; implemented are 4, 8"),
     (compressed({"g": {"targets": ["Linear"], "weights": weights(actorder="group")}}), "actorder 'group'"),
     (compressed({"g": {"targets": ["Linear"], "weights": weights(strategy="token")}}), "strategy 'token'"),
     (compressed({"g": {"targets": ["Linear"], "weights": weights(dynamic=True)}}), "dynamic weights"),
@@ -184,7 +184,7 @@ def test_fp8_leaves_what_it_names_and_what_lies_inside():
     raw = json.loads(preset("fp8").source) | {"modules_to_not_convert": kept}
     assert codes_of(raw, EXPERT) == codes_of(raw, "layers.4.self_attn.q_proj") == ("e4m3", (128, 128))
     assert codes_of(raw, SHARED) is codes_of(raw, QUERY) is codes_of(raw, ROUTER) is None
-    with pytest.raises(ConfigError, match="modules_to_not_convert is 'lm_head'"):
+    with pytest.raises(ConfigError, match="modules_to_not_convert 'lm_head'; expected a list"):
         read_quantization(raw | {"modules_to_not_convert": "lm_head"})
 
 
@@ -199,3 +199,82 @@ def test_every_dtype_is_the_name_of_what_it_means():
             preset(given, group=7)
     with pytest.raises(InputError, match="mxfp4 has groups of 32"):
         preset("mxfp4", group=64)
+
+
+EXAMPLES = [
+    compressed(
+        {"g": {"targets": ["Linear", r"re:.*x"], "weights": weights(8, 64, symmetric=False)}}, ["lm_head"]
+    ),
+    compressed(
+        {"g": {"targets": ["Linear"], "weights": weights(4, 32, type="float")}}, form="mxfp4-pack-quantized"
+    ),
+    {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "dynamic": {"-:.*attn": {}, "mlp": {"bits": 8}},
+    },
+    {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "group_size": 32,
+        "extra_config": {"a.b": {"bits": 16}},
+        "block_name_to_quantize": "model.layers",
+        "packing_format": "auto_round:auto_gptq",
+    },
+    {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "modules_to_not_convert": ["gate"],
+        "version": "gemm",
+    },
+    {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0"}},
+        "exclude": ["lm_head"],
+        "layer_quant_config": {"*up*": {"weight": {"dtype": "fp4", "group_size": 32}}},
+        "export": {"weight_format": "real_quantized"},
+    },
+    {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    },
+]
+JUNK = (None, True, -1, 0, 3.5, 10**9, "", "x(", [], [None], [1, 2, 3], {}, {"a": None}, [["x"]], {"x": [1]})
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("raw", EXAMPLES, ids=lambda raw: raw["quant_method"])
+def test_any_damage_of_a_description_is_read_or_refused_in_a_sentence(raw):
+    assert read_quantization(raw).scheme(EXPERT) is not None or raw["quant_method"] == "gptq"
+    refused = 0
+    for path in places(raw):
+        for junk in JUNK:
+            changed = json.loads(json.dumps(raw))
+            if path:
+                inner = changed
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = junk
+            else:
+                changed = junk
+            try:
+                found = read_quantization(changed)
+                for module in MODULES:
+                    if found is not None:
+                        found.scheme(module)
+            except ConfigError as error:
+                refused += str(error).endswith(".")
+    assert refused > 30

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, size_of
 from qwen_moe_jax.schemes.scheme import CLASS, Quantization, Rule, Scheme
 
 _FORMATS = (
@@ -27,17 +28,18 @@ def read_compressed(raw: Mapping[str, Any]) -> Quantization:
     Raises:
         ConfigError: a variant that is not implemented, by name.
     """
-    groups = raw.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    groups = object_of("config_groups", raw.get("config_groups"))
+    if not groups:
         raise ConfigError("quantization_config has no config_groups, which are to say what is quantised.")
     for key in ("sparsity_config", "transform_config"):
         if raw.get(key):
             raise ConfigError(f"quantization_config has a {key}, which is not implemented; expected none.")
-    rules = [_rule(raw.get("ignore") or (), None)]
+    rules = [_rule(names_of("ignore", raw.get("ignore")), None)]
     found: list[tuple[int, Rule]] = []
     for name, group in groups.items():
+        group = object_of(f"a group {name}", group)
         scheme = _scheme(name, group, group.get("format") or raw.get("format"))
-        targets = group.get("targets") or []
+        targets = names_of(f"{name}'s targets", group.get("targets"))
         # an exact name counts before a pattern, and a pattern before a class
         for rank, wanted in enumerate((_is_name, _is_pattern, _is_class)):
             those = [target for target in targets if wanted(target)]
@@ -60,10 +62,7 @@ def _is_name(target: str) -> bool:
     return not _is_pattern(target) and not _is_class(target)
 
 
-def _rule(targets: Iterable[Any], scheme: Scheme | None) -> Rule:
-    for target in targets:
-        if not isinstance(target, str):
-            raise ConfigError(f"quantization_config names the module {target!r}; expected a string.")
+def _rule(targets: Iterable[str], scheme: Scheme | None) -> Rule:
     names = frozenset(filter(_is_name, targets))
     return Rule(tuple(_pattern(t) for t in targets if t not in names), scheme, names)
 
@@ -86,12 +85,11 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise ConfigError(f"quantization_config's {name} has weights {weights!r}; expected an object.")
-    if form not in _FORMATS:
-        raise ConfigError(
-            f"quantization_config's {name} has format {form!r}; implemented are {', '.join(_FORMATS)}."
-        )
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
-    if weights.get("actorder") not in (None, False, "weight", "static"):
+    one_of(f"{name}'s format", form, _FORMATS)
+    bits = one_of(f"{name}'s num_bits", weights.get("num_bits"), (4, 8))
+    kind = one_of(f"{name}'s type", weights.get("type", "int"), ("int", "float"))
+    strategy = weights.get("strategy")
+    if weights.get("actorder") not in [None, False, "weight", "static"]:
         raise ConfigError(
             f"quantization_config's {name} has actorder {weights['actorder']!r}, which reorders the columns "
             "of each matrix; only None, 'weight' and 'static' are implemented, which do not."
@@ -123,18 +121,20 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
 
 
 def _group(name: str, weights: Mapping[str, Any], strategy: Any) -> tuple[int, int]:
-    if strategy in ("group", "tensor_group"):
+    if strategy in ["group", "tensor_group"]:
         size = weights.get("group_size")
-        _expect(name, isinstance(size, int) and size > 0, "a positive group_size")
-        return 1, int(size or 0)
+        return 1, size_of(f"{name}'s group_size", size)
     if strategy == "block":
         block = weights.get("block_structure")
         if isinstance(block, str):  # older releases wrote "128x128"
             block = [int(n) for n in block.split("x")] if re.fullmatch(r"\d+x\d+", block) else None
-        _expect(name, isinstance(block, list) and len(block) == 2, "a block_structure of two sizes")
-        rows, columns = block or (0, 0)
-        return int(rows), int(columns)
-    if strategy in ("channel", "tensor"):
+        if not isinstance(block, list | tuple) or len(block) != 2:
+            raise ConfigError(
+                f"quantization_config's {name} has block_structure {block!r}; expected two sizes."
+            )
+        rows, columns = (size_of(f"{name}'s block_structure", size) for size in block)
+        return rows, columns
+    if strategy in ["channel", "tensor"]:
         return (1, 0) if strategy == "channel" else (0, 0)
     raise ConfigError(
         f"quantization_config's {name} has strategy {strategy!r}; expected group, tensor_group, block, "

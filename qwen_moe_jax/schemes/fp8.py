@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.schemes.fields import names_of
 from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme
 
 BLOCK = 128
@@ -45,9 +46,7 @@ def read_fp8(raw: Mapping[str, Any]) -> Quantization:
                 f"quantization_config has {key} {value!r}; only {implemented!r} is implemented for "
                 "quant_method 'fp8'."
             )
-    kept = raw.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        raise ConfigError(f"modules_to_not_convert is {kept!r}; expected a list of names.")
+    kept = names_of("modules_to_not_convert", raw.get("modules_to_not_convert"))
     if not kept:
         return FP8
     named = Rule((), None, frozenset(kept), inside=True)

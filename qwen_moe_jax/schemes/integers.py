@@ -6,10 +6,11 @@ GPTQModel 7.7 (`quantization/config.py`), AutoRound 0.16 (`inference/convert_mod
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, size_of
 from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme
 
 
@@ -22,13 +23,12 @@ def read_gptq(raw: Mapping[str, Any]) -> Quantization:
         ConfigError: a variant that is not implemented, by name.
     """
     rules = []
-    for pattern, override in _object(raw, "dynamic").items():
+    for pattern, override in object_of("dynamic", raw.get("dynamic")).items():
         plain = _checked(pattern.removeprefix("-:").removeprefix("+:"))
         if pattern.startswith("-:"):
             rules.append(Rule((plain,), None))
         else:
-            if not isinstance(override, Mapping):
-                raise ConfigError(f"dynamic's {pattern!r} has {override!r}; expected an object.")
+            override = object_of(f"for {pattern!r}", override)
             rules.append(Rule((plain,), _gptq_scheme({**raw, **override})))
     rules.append(Rule((r"lm_head\Z",), _gptq_scheme(raw) if raw.get("lm_head") else None))
     rules.append(_inside(raw, _gptq_scheme(raw), ["model.layers", "model.language_model.layers"]))
@@ -50,9 +50,8 @@ def read_auto_round(raw: Mapping[str, Any]) -> Quantization:
         )
     make = makers[packing]
     exact, patterns = [], []
-    for name, override in _object(raw, "extra_config").items():
-        if not isinstance(override, Mapping):
-            raise ConfigError(f"extra_config's {name!r} has {override!r}; expected an object.")
+    for name, override in object_of("extra_config", raw.get("extra_config")).items():
+        override = object_of(f"for {name!r}", override)
         bits = override.get("bits", raw.get("bits"))
         scheme = None if isinstance(bits, int) and bits >= 16 else make({**raw, **override})
         if re.fullmatch(r"[\w.]+", name):
@@ -74,38 +73,17 @@ def read_awq(raw: Mapping[str, Any]) -> Quantization:
 
 
 def _gptq_scheme(raw: Mapping[str, Any]) -> Scheme:
-    bits, size = raw.get("bits"), raw.get("group_size", 128)
-    if bits not in (4, 8):
-        raise ConfigError(f"quantization_config has bits {bits!r}; GPTQ is implemented with 4 and 8.")
-    if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
-        raise ConfigError(f"quantization_config has group_size {size!r}; expected a positive number or -1.")
-    if raw.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        raise ConfigError(
-            f"checkpoint_format is {raw['checkpoint_format']!r}; implemented are 'gptq' and 'gptq_v2'."
-        )
-    packing = "gptq_v2" if raw.get("checkpoint_format") == "gptq_v2" else "gptq"
-    return Scheme(f"int{bits}", (1, max(0, size)), packing, zeros=raw.get("sym", True) is False)
+    bits = one_of("bits", raw.get("bits"), (4, 8))
+    columns = size_of("group_size", raw.get("group_size", 128))
+    packing = one_of("checkpoint_format", raw.get("checkpoint_format", "gptq"), ("gptq", "gptq_v2"))
+    return Scheme(f"int{bits}", (1, columns), packing, zeros=raw.get("sym", True) is False)
 
 
 def _awq_scheme(raw: Mapping[str, Any]) -> Scheme:
-    bits = raw.get("bits", raw.get("w_bit"))
-    size = raw.get("group_size", raw.get("q_group_size", 128))
-    version = str(raw.get("version", "gemm")).lower()
-    if bits != 4 or version != "gemm":
-        raise ConfigError(
-            f"quantization_config has {bits!r} bits in version {version!r}; AWQ is implemented with 4 in "
-            "'gemm'."
-        )
-    if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
-        raise ConfigError(f"quantization_config has group_size {size!r}; expected a positive number or -1.")
-    return Scheme("int4", (1, max(0, size)), "awq", zeros=True)
-
-
-def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"quantization_config has {key} {value!r}; expected an object.")
-    return value
+    one_of("bits", raw.get("bits", raw.get("w_bit")), (4,))
+    one_of("version", str(raw.get("version", "gemm")).lower(), ("gemm",))
+    columns = size_of("group_size", raw.get("group_size", raw.get("q_group_size", 128)))
+    return Scheme("int4", (1, columns), "awq", zeros=True)
 
 
 def _checked(pattern: str) -> str:
@@ -119,15 +97,15 @@ def _checked(pattern: str) -> str:
 
 
 def _not_converted(raw: Mapping[str, Any]) -> list[Rule]:
-    names: Iterable[Any] = raw.get("modules_to_not_convert") or ()
-    found = tuple(f".*?{re.escape(str(name))}" for name in names)
+    names = names_of("modules_to_not_convert", raw.get("modules_to_not_convert"))
+    found = tuple(f".*?{re.escape(name)}" for name in names)
     return [Rule(found, None)] if found else []
 
 
 def _inside(raw: Mapping[str, Any], scheme: Scheme, blocks: list[str]) -> Rule:
     """The rule of what is quantised unless another says otherwise: linear layers inside the blocks named."""
     given = raw.get("block_name_to_quantize") or blocks
-    names = given.split(",") if isinstance(given, str) else list(given)
+    names = given.split(",") if isinstance(given, str) else names_of("block_name_to_quantize", given)
     if not names:
         return Rule((r"(.*\.)?layers\.\d+\.(?!mlp\.gate\Z)",), scheme)
     return Rule(tuple(rf"{re.escape(name.strip())}\.\d+\.(?!mlp\.gate\Z)" for name in names), scheme)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.schemes.fields import names_of, object_of
 from qwen_moe_jax.schemes.scheme import CLASS, Quantization, Rule, Scheme
 
 
@@ -18,13 +19,13 @@ def read_quark(raw: Mapping[str, Any]) -> Quantization:
     Raises:
         ConfigError: a variant that is not implemented, by name.
     """
-    export = raw.get("export") or {}
+    export = object_of("export", raw.get("export"))
     if export.get("weight_format", "real_quantized") != "real_quantized":
         raise ConfigError(
             f"quantization_config has weight_format {export['weight_format']!r}; expected 'real_quantized'."
         )
-    rules = [Rule(tuple(map(_pattern, raw.get("exclude") or ())), None)]
-    for name, layer in (raw.get("layer_quant_config") or {}).items():
+    rules = [Rule(tuple(map(_pattern, names_of("exclude", raw.get("exclude")))), None)]
+    for name, layer in object_of("layer_quant_config", raw.get("layer_quant_config")).items():
         rules.append(Rule((_pattern(name),), _scheme(name, layer)))
     if raw.get("layer_type_quant_config"):
         raise ConfigError("quantization_config has a layer_type_quant_config, which is not implemented.")
@@ -34,21 +35,20 @@ def read_quark(raw: Mapping[str, Any]) -> Quantization:
     return Quantization("quark", kept, json.dumps(raw, sort_keys=True))
 
 
-def _pattern(name: Any) -> str:
-    if not isinstance(name, str):
-        raise ConfigError(f"quantization_config names the module {name!r}; expected a string.")
+def _pattern(name: str) -> str:
     # a module's own name, or that of what it lies in
     return fnmatch.translate(name).removesuffix(r"\Z").removesuffix("\\z") + r"(\..*)?\Z"
 
 
 def _scheme(name: str, layer: Any) -> Scheme | None:
-    weight = layer.get("weight") if isinstance(layer, Mapping) else None
+    weight = object_of(name, layer).get("weight")
     if weight is None:
         return None
     if isinstance(weight, list):
         if len(weight) != 1:
             raise ConfigError(f"quantization_config's {name} quantises weights {len(weight)} times over.")
         weight = weight[0]
+    weight = object_of(f"{name}'s weight", weight)
     dtype, size = str(weight.get("dtype")).removeprefix("Dtype."), weight.get("group_size")
     if dtype not in ("fp4", "mx") or (dtype == "mx" and weight.get("mx_element_dtype") not in ("fp4",)):
         raise ConfigError(

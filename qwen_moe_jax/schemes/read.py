@@ -42,9 +42,9 @@ def read_quantization(raw: Any) -> Quantization | None:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"quantization_config is {raw!r}; expected an object.")
     method = raw.get("quant_method")
-    if method in _READERS:
+    if isinstance(method, str) and method in _READERS:
         return _READERS[method](raw)
-    needed = f"; it would need {_NEEDED[method]}" if method in _NEEDED else ""
+    needed = f"; it would need {_NEEDED[method]}" if isinstance(method, str) and method in _NEEDED else ""
     raise ConfigError(
         f"quantization_config has quant_method {method!r}; implemented are {', '.join(_READERS)}{needed}."
     )

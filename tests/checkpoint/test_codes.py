@@ -16,6 +16,7 @@ from support import oracle, parity
 from support.codes import KINDS, codes_pair
 from support.configs import random_config, random_ids
 from support.reference import parameters_float64, reference_logits
+from support.slow import some
 
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
@@ -195,13 +196,13 @@ def test_the_library_reads_what_is_written_and_errors_are_those_of_rounding(form
 
 
 WRONG = [
-    ({"bits": 3}, "bits 3; GPTQ is implemented with 4 and 8"),
+    ({"bits": 3}, "bits 3; implemented are 4, 8"),
     ({"group_size": 0}, "group_size 0; expected a positive number or -1"),
     ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; implemented are fp8, .* absmax"),
     ({"quant_method": "modelopt"}, "'modelopt'; implemented are .* hf_quant_config"),
     ({"dynamic": {"+:(": {"bits": 8}}}, "no regular expression"),
     ({"dynamic": {r".*experts\.3\.up_proj": {"bits": 8}}}, "experts of a layer are held in one stack"),
-    ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+    ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
 ]
 
 
@@ -284,3 +285,44 @@ def test_multi_token_prediction_that_nobody_quantised_is_read_as_it_is(tmp_path)
     assert out.sequences == loaded(folder, draft_tokens=0).generate(prompt, **options).sequences
     drafting.save_pretrained(tmp_path / "saved")
     assert loaded(tmp_path / "saved", draft_tokens=2).generate(prompt, **options).sequences == out.sequences
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    some(
+        [
+            ("packed int4 with zeros", ((1, 2, 2), "sharded", {})),
+            ("gptq", ((1, 2, 3), "outside", {"expert_dispatch": "all_to_all"})),
+            ("quark", ((1, 3, 2), "prescaled", {"attention": "data"})),
+        ],
+        lambda i: i == 0,
+    ),
+)
+def test_a_mesh_gives_the_logits_of_one_device(kind, layout, tmp_path):
+    pair = codes_pair(tmp_path, 7, KINDS[kind])
+    (data, expert, tensor), shared, options = layout
+    mesh = make_mesh(data, expert, tensor, devices=jax.devices()[: data * expert * tensor])
+    ids = random_ids(pair.config, 30, 0)[None].repeat(6, 0)
+    alone = np.asarray(loaded(pair.codes).logits(ids))
+    divided = np.asarray(loaded(pair.codes, mesh=mesh, shared_expert=shared, **options).logits(ids))
+    # sums in another order, in float32
+    np.testing.assert_allclose(divided, alone, rtol=0, atol=parity.LARGEST_DIFFERENCE)
+
+
+@pytest.mark.slow
+def test_exact_logits_do_not_depend_on_the_number_of_expert_ranks(tmp_path):
+    pair = codes_pair(tmp_path, 7, KINDS["packed int4"])
+    ids = random_ids(pair.config, 30, 0)[None]
+    found = [
+        np.asarray(
+            loaded(
+                pair.codes,
+                mesh=make_mesh(expert=ranks, devices=jax.devices()[:ranks]),
+                shared_expert="outside",
+                exact=True,
+            ).logits(ids)
+        )
+        for ranks in (2, 3, 6)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
