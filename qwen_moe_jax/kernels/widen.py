@@ -155,7 +155,7 @@ class Stored:
             return _widened_e2m1(values)
         codes = values.astype(jnp.float32)
         if not self.zeros:
-            return codes - CODES[self.codes].zero
+            return codes - (CODES[self.codes].zero or 0)
         zeros = self._of_blocks(refs[2], place).astype(jnp.float32)
         return self._by_block(jnp.subtract, codes, zeros)
 
