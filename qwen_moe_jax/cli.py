@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     mesh.add_argument("--shared-expert", default="auto", help="auto, prescaled, outside, sharded or fused")
     mesh.add_argument("--expert-dispatch", default="psum", help="psum or all_to_all")
     mesh.add_argument("--exact", action="store_true", help="the same bits for every --expert")
+    mesh.add_argument(
+        "--sums", default="auto", help="what sums over ranks travel in: compute, float32 or auto (default)"
+    )
     several = Parser(add_help=False)
     group = several.add_argument_group(
         "several processes", "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"

@@ -44,7 +44,7 @@ def mesh_of(options: argparse.Namespace) -> Any:
 
 def layout_options(options: argparse.Namespace) -> dict[str, Any]:
     """How a model is to lie on a mesh, as of `QwenMoe.from_pretrained`."""
-    names = ("shared_expert", "expert_dispatch", "exact", "attention")
+    names = ("shared_expert", "expert_dispatch", "exact", "attention", "sums")
     return {name: getattr(options, name) for name in names}
 
 

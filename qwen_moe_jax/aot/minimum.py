@@ -261,7 +261,7 @@ def collective_bytes(
     _check_sizes(batch=(batch, 1), tokens=(tokens, 1))
     share = _Share.of(layout, batch, tokens)
     heads, layers = layout.ranks_along(layout.head_axes), layout.config.num_hidden_layers
-    stream = share.own * layout.config.hidden_size * _WIDE
+    stream = share.own * layout.config.hidden_size * layout.sum_dtype(policy.compute).itemsize
     logits = share.rows * layout.splits["vocab"].size * policy.compute.itemsize
     a_layer = [Collective("all-reduce", "heads", 1, heads, stream), *_mixture(layout, policy, share)]
     found = [
@@ -275,7 +275,11 @@ def collective_bytes(
 def _mixture(layout: Layout, policy: DtypePolicy, share: _Share) -> list[Collective]:
     """Of one mixture of experts, in order (`parallel/expert_dispatch.py`); those among one rank are none."""
     sizes, config = layout.mesh.shape, layout.config
-    experts, tensor, width = sizes[EXPERT], sizes[TENSOR], config.hidden_size * _WIDE
+    experts, tensor, width = (
+        sizes[EXPERT],
+        sizes[TENSOR],
+        config.hidden_size * layout.sum_dtype(policy.compute).itemsize,
+    )
     divided = EXPERT in layout.batch_axes
     own_sum = [Collective("all-reduce", "shared expert", 1, tensor, share.shared * width)]
     own_sum *= layout.shared_expert == "outside"
@@ -315,7 +319,9 @@ def _exchanges(layout: Layout, policy: DtypePolicy, share: _Share) -> list[Colle
     return [
         Collective("all-to-all", "ids", 1, ranks, ranks * (share.mixed + 1) * 2 * top_k * _WIDE),
         Collective("all-to-all", "tokens", 1, ranks, rows * hidden * policy.compute.itemsize),
-        Collective("all-to-all", "outputs", 1, ranks, rows * hidden * _WIDE),
+        Collective(
+            "all-to-all", "outputs", 1, ranks, rows * hidden * layout.sum_dtype(policy.compute).itemsize
+        ),
     ]
 
 

@@ -110,6 +110,7 @@ class LoadedModel:
         expert_dispatch: str = "psum",
         exact: bool = False,
         attention: str = "tensor",
+        sums: str = "auto",
         draft_tokens: int | str = "auto",
         kernels: str | Mapping[str, str] = "auto",
         progress: bool = False,
@@ -134,6 +135,8 @@ class LoadedModel:
                 verified token by token: the text is the same without exception, and comes no sooner.
             attention: what the expert axis is to everything but the experts: "tensor" (more slices of heads
                 and vocabulary) or "data" (other rows of the batch).
+            sums: what sums over ranks travel in: "compute" (the compute dtype: in bfloat16 half the bytes),
+                "float32", or "auto", which is "float32" with exact, else "compute".
             draft_tokens: how many tokens multi-token prediction drafts at most for a step, in each row as
                 long as its drafts hold; 0 leaves it out, "auto" is 0 on a CPU and 3 elsewhere, where the
                 checkpoint holds it (`engine/drafting.py`). The text is the same with any number, but where
@@ -165,6 +168,7 @@ class LoadedModel:
             expert_dispatch=expert_dispatch,
             exact=exact,
             attention=attention,
+            sums=sums,
         )
         drafts = _drafts_of(draft_tokens, folder, table, exact=exact)
         loaded = load_forward(folder, config, compute, table, progress, layout, drafts, exact=exact)

@@ -33,6 +33,7 @@ def choose_layout(
     expert_dispatch: str = "psum",
     exact: bool = False,
     attention: str = "tensor",
+    sums: str = "auto",
 ) -> Layout | None:
     """The layout asked for; None where one device computes without one.
 
@@ -41,7 +42,7 @@ def choose_layout(
         mesh: None means one device.
         compute: the compute dtype.
         kernels: what it is compiled for.
-        shared_expert, expert_dispatch, exact, attention: as of `QwenMoe.from_pretrained`.
+        shared_expert, expert_dispatch, exact, attention, sums: as of `QwenMoe.from_pretrained`.
 
     Raises:
         InputError: a mesh that is none, an unknown or contradictory choice.
@@ -51,7 +52,8 @@ def choose_layout(
         shared_expert = "outside" if exact else "prescaled"
     if mesh is None and not exact and shared_expert != "fused":
         # checks the choices, which one device has no use for
-        Layout(config, make_mesh(devices=jax.local_devices()[:1]), attention, shared_expert, expert_dispatch)
+        one = make_mesh(devices=jax.local_devices()[:1])
+        Layout(config, one, attention, shared_expert, expert_dispatch, sums=sums)
         return None
     if mesh is None:
         mesh = make_mesh(devices=jax.local_devices()[:1])
@@ -64,6 +66,7 @@ def choose_layout(
         exact=exact,
         # XLA:CPU has no such operation
         ragged=kernels.target != "cpu",
+        sums=sums,
     )
     if not auto or exact:
         return layout

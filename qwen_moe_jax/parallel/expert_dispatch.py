@@ -56,9 +56,10 @@ def psum_mixture(
     if ranks.shared_expert in ("prescaled", "sharded"):
         part = part + moe.shared(x)
     if ranks.tokens_divided:
-        summed = total(scattered_total(part, ranks.expert_axes[0]), ranks.tensor_axes)
+        scattered = scattered_total(part, ranks.expert_axes[0], ranks.sum_dtype)
+        summed = total(scattered, ranks.tensor_axes, ranks.sum_dtype)
     else:
-        summed = total(part, axes)
+        summed = total(part, axes, ranks.sum_dtype)
     return summed + _shared_alone(ranks, moe, own) if ranks.shared_expert == "outside" else summed
 
 
@@ -106,11 +107,11 @@ def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: 
     outputs = moe.combine(rows, row_ids, row_weights, ranks=ranks.expert_ranks)
     routed = outputs[:received]
     if plan is not None:
-        routed = give_back(routed, plan, ragged=ranks.ragged)
+        routed = give_back(routed, plan, ragged=ranks.ragged, dtype=ranks.sum_dtype)
     part = ranks.returned_part(routed + outputs[received:] if fused else routed)
     if ranks.shared_expert in ("prescaled", "sharded"):
         part = part + moe.shared(x)
-    summed = total(part, ranks.tensor_axes)
+    summed = total(part, ranks.tensor_axes, ranks.sum_dtype)
     if ranks.shared_expert == "outside":
         summed = summed + _shared_alone(ranks, moe, x)
     return gathered(summed, ranks.expert_axes, 0)[:tokens] if divide else summed
@@ -124,7 +125,7 @@ def gathered_tokens(ranks: "MeshRanks", x: jax.Array, valid: jax.Array) -> tuple
 
 def _shared_alone(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array) -> jax.Array:
     """The shared branch, whole, with a sum of its own where its inner rows are divided."""
-    return total(moe.shared(x), ranks.shared_axes)
+    return total(moe.shared(x), ranks.shared_axes, ranks.sum_dtype)
 
 
 def held_ids(ranks: "MeshRanks", moe: SparseMoe, ids: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def _shared_expert(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.
         return _whole(ranks, ranks.slots_part(moe.combine(x, ids, weights, ranks=ranks.expert_ranks)))
     inside = ranks.expert_dispatch == "psum" and ranks.shared_expert in ("prescaled", "sharded")
     if not inside:
-        return total(ranks.shared_part(moe.shared_expert(x, moe.kernels)), ranks.shared_axes)
+        return total(ranks.shared_part(moe.shared_expert(x, moe.kernels)), ranks.shared_axes, ranks.sum_dtype)
     if ranks.tokens_divided:
         x, _ = gathered_tokens(ranks, x, valid)
     return _whole(ranks, ranks.shared_part(moe.shared_expert(x, moe.kernels)))
@@ -71,5 +71,6 @@ def _shared_expert(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.
 def _whole(ranks: "MeshRanks", part: jax.Array) -> jax.Array:
     """The sum of parts over both axes; where tokens were gathered, each rank's own."""
     if ranks.tokens_divided:
-        return total(scattered_total(part, ranks.expert_axes[0]), ranks.tensor_axes)
-    return total(part, (*ranks.expert_axes, *ranks.tensor_axes))
+        scattered = scattered_total(part, ranks.expert_axes[0], ranks.sum_dtype)
+        return total(scattered, ranks.tensor_axes, ranks.sum_dtype)
+    return total(part, (*ranks.expert_axes, *ranks.tensor_axes), ranks.sum_dtype)

@@ -280,7 +280,7 @@ def layout_decoder(layout: Layout, policy: DtypePolicy, kernels: Kernels) -> Dec
         layout.config,
         policy,
         kernels,
-        layout.ranks(),
+        layout.ranks(policy.compute),
         fused=layout.shared_expert == "fused",
         forms=layout.forms,
     )
@@ -300,5 +300,7 @@ def layout_drafter(
         mtp_shapes(layout.config, layers), mtp_forms(layout.config, layers), policy
     )
     fused = layout.shared_expert == "fused"
-    head = abstract_mtp(layout.config, layers, policy, kernels, forms, layout.ranks(), fused=fused)
+    head = abstract_mtp(
+        layout.config, layers, policy, kernels, forms, layout.ranks(policy.compute), fused=fused
+    )
     return head, targets

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from qwen_moe_jax.checkpoint.layout import (
     codes_a_byte,
@@ -46,6 +47,7 @@ from qwen_moe_jax.parallel.splits import Section, Split, divide_heads
 SHARED_EXPERT_MODES = ("prescaled", "outside", "sharded", "fused")
 DISPATCHES = ("psum", "all_to_all")
 ATTENTION_MODES = ("tensor", "data")
+SUMS = ("auto", "compute", "float32")
 
 # The table: logical axis of each dimension of a parameter, by the end of its name; None is not divided.
 # Parameters that are not named (norms, router, shared expert's gate) are the same on every rank.
@@ -88,6 +90,9 @@ class Layout:
         exact: logits do not depend on the size of the expert axis, bit by bit. Attention, Gated DeltaNet and
             vocabulary are then the same on every rank of the expert axis.
         ragged: all-to-all sends only the rows there are (`lax.ragged_all_to_all`), where the backend can.
+        sums: what parts of sums travel in between ranks: "compute" (the compute dtype, half the bytes in
+            bfloat16, each part rounded once), "float32", or "auto", which is "float32" with `exact`, else
+            "compute".
     """
 
     config: ModelConfig
@@ -97,18 +102,29 @@ class Layout:
     expert_dispatch: str = "psum"
     exact: bool = False
     ragged: bool = False
+    sums: str = "auto"
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("shared_expert", self.shared_expert, SHARED_EXPERT_MODES)
         _check_choice("expert_dispatch", self.expert_dispatch, DISPATCHES)
+        _check_choice("sums", self.sums, SUMS)
         if self.shared_expert == "fused":
             check_fusable(self.config)
         if self.exact:
             self._check_exact()
 
+    def sum_dtype(self, compute: DTypeLike) -> jnp.dtype:
+        """What parts of sums travel in, of a model that computes in a dtype."""
+        narrow = self.sums == "compute" or (self.sums == "auto" and not self.exact)
+        return jnp.dtype(compute if narrow else jnp.float32)
+
     def _check_exact(self) -> None:
+        if self.sums == "compute":
+            raise InputError(
+                "exact=True was given with sums='compute', which rounds them; expected 'float32'."
+            )
         for name, given, wanted in (
             ("expert_dispatch", self.expert_dispatch, "psum"),
             ("attention", self.attention, "tensor"),
@@ -199,8 +215,8 @@ class Layout:
             "shared_inner": Split(self.shared_axes, (shared,)),
         }
 
-    def ranks(self) -> MeshRanks:
-        """What the model asks each rank."""
+    def ranks(self, compute: DTypeLike) -> MeshRanks:
+        """What a model that computes in a dtype asks each rank."""
         return MeshRanks(
             head_axes=self.head_axes,
             expert_axes=self._real(EXPERT),
@@ -215,6 +231,7 @@ class Layout:
             tokens_divided=EXPERT in self.batch_axes,
             exact=self.exact,
             ragged=self.ragged,
+            sum_dtype=self.sum_dtype(compute),
         )
 
     def dimensions(self, name: str, rank: int) -> tuple[Split | None, ...]:

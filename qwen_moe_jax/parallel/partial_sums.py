@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.table import Kernels
@@ -69,14 +70,19 @@ def divided_among(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.pcast(share, axes, to="varying")
 
 
-def total(part: jax.Array, axes: Axes) -> jax.Array:
+def total(part: jax.Array, axes: Axes, dtype: DTypeLike | None = None) -> jax.Array:
     """The sum of all ranks' parts, on every one of them: one all-reduce.
+
+    Args:
+        part: of the sum.
+        axes: mesh axes that it is summed over; none means that it is the sum.
+        dtype: that parts are rounded to and travel in; None means their own. The sum has the parts' dtype.
 
     Raises:
         ValueError: while tracing, if `part` is not typed as a part of a sum over every one of the axes.
     """
     _check_part(part, axes)
-    return lax.psum(part, axes) if axes else part
+    return lax.psum(part.astype(dtype or part.dtype), axes).astype(part.dtype) if axes else part
 
 
 def all_reduced(x: jax.Array, axes: Axes) -> jax.Array:
@@ -84,14 +90,19 @@ def all_reduced(x: jax.Array, axes: Axes) -> jax.Array:
     return total(as_part(x, axes), axes)
 
 
-def scattered_total(part: jax.Array, axis: str) -> jax.Array:
+def scattered_total(part: jax.Array, axis: str, dtype: DTypeLike | None = None) -> jax.Array:
     """The sum of all ranks' parts [n * rows, ...]; rank r gets rows r * rows and on: one reduce-scatter.
+
+    Args:
+        part, dtype: as of `total`.
+        axis: that it is summed over.
 
     Raises:
         ValueError: as `total`.
     """
     _check_part(part, (axis,))
-    return lax.psum_scatter(part, axis, scatter_dimension=0, tiled=True)
+    travelling = part.astype(dtype or part.dtype)
+    return lax.psum_scatter(travelling, axis, scatter_dimension=0, tiled=True).astype(part.dtype)
 
 
 def gathered(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:

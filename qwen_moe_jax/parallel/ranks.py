@@ -30,6 +30,7 @@ class MeshRanks:
         vocab_held: rows of the vocabulary that a rank has room for.
         vocab_size: rows there are.
         shared_expert, expert_dispatch, exact, ragged: as in `Layout`.
+        sum_dtype: that parts of sums travel in between ranks.
         tokens_divided: ranks of the expert axis have different tokens.
     """
 
@@ -46,6 +47,7 @@ class MeshRanks:
     tokens_divided: bool
     exact: bool
     ragged: bool
+    sum_dtype: jnp.dtype
 
     def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
         """Each token's row from the rank that holds it: one all-reduce, exact, since the others add zeros."""
@@ -55,7 +57,7 @@ class MeshRanks:
         here = (row >= 0) & (row < self.vocab_held)
         found = embedding_rows(table, jnp.clip(row, 0, self.vocab_held - 1), kernels)
         part = jnp.where(here[..., None], found, 0)
-        return total(as_part(part, self.head_axes), self.head_axes)
+        return total(as_part(part, self.head_axes), self.head_axes, self.sum_dtype)
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Every rank's logits behind one another: one all-gather."""
@@ -67,7 +69,7 @@ class MeshRanks:
 
     def sum_heads(self, part: jax.Array) -> jax.Array:
         """One all-reduce."""
-        return total(part, self.head_axes)
+        return total(part, self.head_axes, self.sum_dtype)
 
     def routed_part(self, outputs: jax.Array) -> jax.Array:
         """A part of a sum over both axes; in all_to_all not yet, since it goes back to its tokens first."""

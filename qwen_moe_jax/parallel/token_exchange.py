@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_moe_jax.kernels.varying import vary_like
 
@@ -82,15 +83,22 @@ def exchange(x: jax.Array, plan: ExchangePlan, *, ragged: bool) -> jax.Array:
     return _move(rows, plan.sent, plan.received, plan.axis, ragged)
 
 
-def give_back(outputs: jax.Array, plan: ExchangePlan, *, ragged: bool) -> jax.Array:
+def give_back(outputs: jax.Array, plan: ExchangePlan, *, ragged: bool, dtype: DTypeLike) -> jax.Array:
     """Outputs of received rows [ranks * tokens, width] to their owners, summed there in the order of ranks.
 
+    Args:
+        outputs: of the rows, in float32.
+        plan: of their exchange.
+        ragged: as of `exchange`.
+        dtype: that they are rounded to and travel in.
+
     Returns:
-        [tokens, width].
+        float32 [tokens, width].
     """
     ranks, tokens = plan.needed.shape
     rows = outputs.reshape(ranks, tokens, -1)
-    returned = _move(rows, plan.received, plan.sent, plan.axis, ragged).reshape(rows.shape)
+    returned = _move(rows.astype(dtype), plan.received, plan.sent, plan.axis, ragged)
+    returned = returned.reshape(rows.shape).astype(outputs.dtype)
     found = jnp.take_along_axis(returned, jnp.maximum(plan.position, 0)[..., None], axis=1)
     found = jnp.where(plan.needed[..., None], found, 0)
     summed = found[0]

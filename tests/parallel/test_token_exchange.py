@@ -75,7 +75,7 @@ def test_every_slot_reaches_its_expert_once_and_comes_back(ranks: int, held: int
         expert = lax.axis_index("expert") * held + plan.ids
         answer = plan.weights[..., None] * (rows[:, None] + expert[..., None])
         outputs = jnp.where((plan.ids < held)[..., None], answer, 0).sum(axis=1)
-        return give_back(outputs, plan, ragged=ragged), plan.sent
+        return give_back(outputs, plan, ragged=ragged, dtype=jnp.float32), plan.sent
 
     run = jax.jit(
         jax.shard_map(on_a_rank, mesh=mesh, in_specs=(P("expert"),) * 3, out_specs=(P("expert"), P("expert")))
