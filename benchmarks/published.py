@@ -6,7 +6,7 @@ Nothing is measured here. Published results are of SGLang, whose programs run as
 and fuse more. Predictions are for three programs: this library's as they run (graphs off,
 `Kernels.compiler_options`), the same as if they ran in graphs, and `ENGINE` in graphs. No assumption was
 fitted to these results (`aot/assumptions.py` fits RCCL's table alone). `ENGINE`'s counts are a guess, made
-before it was compared with all but one of them (4 GPUs, 32 requests).
+after a first look at one of them (4 GPUs, 32 requests), and before the others.
 """
 
 import dataclasses
