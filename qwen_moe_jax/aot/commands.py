@@ -162,7 +162,7 @@ def _compile(options: argparse.Namespace) -> int:
         )
     if options.program == "verify" and not options.draft_tokens:
         raise InputError("--program verify verifies drafts; say how many with --draft-tokens.")
-    choices = ("shared_expert", "expert_dispatch", "exact", "attention")
+    choices = ("shared_expert", "expert_dispatch", "exact", "attention", "sums")
     deployment = make_deployment(
         config,
         device,
