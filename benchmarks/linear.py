@@ -79,7 +79,7 @@ FORMATS = {
 }
 CODES_TOKENS = (1, 2, 4, 8, 64, 512)
 SIZE = 4096  # of a square matrix
-OUT_OF_CACHE = 256 << 20  # bytes
+OUT_OF_CACHE = 96 << 20  # bytes
 HIDDEN, INNER, TOP_K = 2048, 512, 8
 
 
@@ -116,15 +116,18 @@ def codes_table(
     least: bool,
 ) -> None:
     """One row a format. calls(form, tokens) -> (something to run, how many products it is, bytes of one)."""
+    cells: dict[str, list[str]] = {name: [] for name in FORMATS}
+    for count in tokens:
+        given = {name: calls(form, count) for name, form in FORMATS.items()}
+        rounds = 5 if count > 8 else 2 * ROUNDS
+        taken = median_ms({name: call for name, (call, _, _) in given.items()}, rounds, least)
+        for name, (_, products, size) in given.items():
+            seconds = taken[name] / 1e3 / products
+            cells[name] += [f"{1e6 * seconds:.0f}", f"{size / seconds / 1e9:.1f}"]
     print(f"| {title} | {' | '.join(f'{count} us | GB/s' for count in tokens)} |")
     print(f"|{'---|' * (2 * len(tokens) + 1)}")
-    for name, form in FORMATS.items():
-        cells = []
-        for count in tokens:
-            call, products, size = calls(form, count)
-            seconds = median_ms({name: call}, 5 if count > 8 else ROUNDS, least)[name] / 1e3 / products
-            cells.append(f"{1e6 * seconds:.0f} | {size / seconds / 1e9:.1f}")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name in FORMATS:
+        print(f"| {name} | {' | '.join(cells[name])} |", flush=True)
     print()
 
 
@@ -133,49 +136,52 @@ def codes_tables(tokens: tuple[int, ...], least: bool) -> None:
     variant = native_variant()
     assert variant is not None, "there is no compiler"
     rng = np.random.default_rng(0)
-    matrices: dict[MatrixFormat | None, list[Matrix]] = {}
+    held: dict[MatrixFormat | None, list[Matrix]] = {}
 
-    def run_products(x: jax.Array, some: list[Matrix]) -> jax.Array:
-        for matrix in some:
+    @jax.jit
+    def products(x: jax.Array, matrices: list[Matrix]) -> jax.Array:
+        for matrix in matrices:
             x = native_linears(x, [matrix], [jnp.bfloat16], variant)[0]
         return x
 
     def product(form: MatrixFormat | None, count: int) -> tuple[Callable[[], jax.Array], int, int]:
-        if form not in matrices:
-            matrices.clear()
+        if form not in held:
             one = draw(rng, (SIZE, SIZE), form)
             copies = -(-OUT_OF_CACHE // bytes_of(one))
-            matrices[form] = [jax.tree.map(lambda x: x + 0, one) for _ in range(copies)]
-        some = matrices[form][: 4 if count > 8 else None]
+            held[form] = [jax.tree.map(lambda x: x + 0, one) for _ in range(copies)]
+        some = held[form][: 2 if count > 8 else None]
         x = jnp.asarray(rng.normal(size=(count, SIZE)), jnp.bfloat16)
-        return partial(jax.jit(run_products), x, some), len(some), bytes_of(some[0])
+        return partial(products, x, some), len(some), bytes_of(some[0])
 
     codes_table("product, tokens:", tokens, product, least)
-    matrices.clear()
+    held.clear()
 
-    def run_layers(x: jax.Array, routes: list[jax.Array], weights: jax.Array, gate_up: Matrix, down: Matrix):
+    @jax.jit
+    def layers(
+        x: jax.Array, routes: list[jax.Array], weights: jax.Array, gate_up: Matrix, down: Matrix
+    ) -> jax.Array:
         for ids in routes:
             y = native_experts(x, ids, weights, gate_up, down, variant=variant)
             x = (x + y).astype(x.dtype)
         return x
 
     def layer(form: MatrixFormat | None, count: int) -> tuple[Callable[[], jax.Array], int, int]:
-        if form not in matrices:
-            matrices.clear()
+        if form not in held:
             shapes = ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
-            matrices[form] = [draw(rng, shape, form) for shape in shapes]
+            held[form] = [draw(rng, shape, form) for shape in shapes]
         # the first token's routes visit all experts in turn, so that none is read again soon
-        order, layers = rng.permutation(EXPERTS).reshape(-1, TOP_K), 2 if count > 8 else EXPERTS // TOP_K
+        draws = np.random.default_rng(count)
+        order = draws.permutation(EXPERTS).reshape(-1, TOP_K)
         routes = []
-        for index in range(layers):
-            ids = np.argsort(rng.uniform(size=(count, EXPERTS)), axis=1)[:, :TOP_K]
-            ids[0] = order[index]
+        for first in order[: 2 if count > 8 else None]:
+            ids = np.argsort(draws.uniform(size=(count, EXPERTS)), axis=1)[:, :TOP_K]
+            ids[0] = first
             routes.append(jnp.asarray(ids, jnp.int32))
-        read = np.mean([len(np.unique(ids)) for ids in routes])  # experts
-        x = jnp.asarray(rng.normal(size=(count, HIDDEN)), jnp.bfloat16)
+        read = np.mean([len(np.unique(ids)) for ids in routes]) / EXPERTS
+        x = jnp.asarray(draws.normal(size=(count, HIDDEN)), jnp.bfloat16)
         weights = jnp.full((count, TOP_K), 1 / TOP_K, jnp.float32)
-        call = partial(jax.jit(run_layers), x, routes, weights, *matrices[form])
-        return call, layers, int(bytes_of(*matrices[form]) * read / EXPERTS)
+        call = partial(layers, x, routes, weights, *held[form])
+        return call, len(routes), int(bytes_of(*held[form]) * read)
 
     codes_table("experts, tokens:", tokens, layer, least)
 

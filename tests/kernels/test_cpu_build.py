@@ -1,6 +1,7 @@
 """The C++ kernels are built once, and a machine that cannot build them goes on without."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,13 @@ def test_the_sources_compile_for_arm_and_by_clang_where_those_are_here(tmp_path)
         subprocess.run([*command, "-o", str(tmp_path / compiler)], check=True)
     if not tried:
         pytest.skip("neither clang++ nor a cross compiler for Arm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_compiles_also_those_that_do_not_run_here(fresh, variant):
+    assert build.build(variant).is_file()
 
 
 def test_float64_activations_run_on_plain_xla():

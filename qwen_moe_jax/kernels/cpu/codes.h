@@ -117,9 +117,10 @@ struct Codes<Type::F8> {
     Words of_pair[2];
   };
   static Pairs read(Words codes) {
-    typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
-    Words first = (codes & 0x00ff00ffu) << 8;
-    return {{(Words)((Shorts)first >> 4), (Words)((Shorts)codes >> 4)}};
+    typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int16_t Signed __attribute__((vector_size(VECTOR_BYTES)));
+    Bits pairs = (Bits)codes;
+    return {{(Words)((Signed)(pairs << 8) >> 4), (Words)((Signed)pairs >> 4)}};
   }
   template <int N>
   static Floats part(const Pairs& pairs) {
