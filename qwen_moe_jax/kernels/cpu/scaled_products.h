@@ -117,7 +117,7 @@ inline void read_scales(const ScaledPanel& p, long r) {
 // first cache while all rows pass by.
 template <Type T, int COUNT>
 inline void scaled_panel(const ScaledPanel& p, const Operand& x, long token, float* c, long ldc) {
-  constexpr int ROWS = COUNT <= 2 || (COUNT == 4 && LANES == 16) ? 4 : COUNT == 8 && LANES < 16 ? 1 : 2;
+  constexpr int ROWS = LANES == 16 ? (COUNT <= 4 ? 4 : 2) : COUNT <= 2 ? 4 : 1;
   static_assert(PANEL % ROWS == 0);
   constexpr long CACHED = 16384 / 4 / COUNT;
   long stride = p.w.stride, ahead = rows_ahead(stride), unit = p.units.unit;
