@@ -25,6 +25,7 @@ from qwen_moe_jax.formats.block_scaled import BlockScaled
 from qwen_moe_jax.formats.codes import widened_scales
 from qwen_moe_jax.kernels.grouped_matmul import up_to_power
 from qwen_moe_jax.kernels.launch import KernelCost, Schedule, launch
+from qwen_moe_jax.kernels.widen import both, masked_load, within
 
 BLOCK = 128
 _LARGEST = 448.0
@@ -113,17 +114,17 @@ def _kernel(x_ref, s_ref, w_ref, scale_ref, out_ref, *, tile, columns, step, blo
     inner = x_ref.shape[1]
     row, column = pl.program_id(0) * tile, pl.program_id(1) * columns
     rows, lines = row + jnp.arange(tile), column + jnp.arange(columns)
-    held, inside = rows < tokens, lines < out
+    held, inside = within(row, tile, tokens), within(column, columns, out)
     # behind the borders the last one's, which is not stored
     token = jnp.minimum(rows, tokens - 1)
     down = jnp.minimum(lines // block[0], scale_ref.shape[0] - 1)
 
     def one(i: jax.Array, total: jax.Array) -> jax.Array:
         at = i * step
-        across = (at + jnp.arange(step) < inner)[None, :]
-        part = plt.load(x_ref.at[pl.ds(row, tile), pl.ds(at, step)], mask=held[:, None] & across, other=0)
-        matrix = plt.load(
-            w_ref.at[pl.ds(column, columns), pl.ds(at, step)], mask=inside[:, None] & across, other=0
+        across = within(at, step, inner)
+        part = masked_load(x_ref.at[pl.ds(row, tile), pl.ds(at, step)], both(held, across, (tile, step)))
+        matrix = masked_load(
+            w_ref.at[pl.ds(column, columns), pl.ds(at, step)], both(inside, across, (columns, step))
         )
         product = plt.dot(_numbers(part, float8), _numbers(matrix, float8), trans_b=True)
         # array indices only: an interpreted kernel has no mixed ones
@@ -137,7 +138,7 @@ def _kernel(x_ref, s_ref, w_ref, scale_ref, out_ref, *, tile, columns, step, blo
     plt.store(
         out_ref.at[pl.ds(row, tile), pl.ds(column, columns)],
         total.astype(out_ref.dtype),
-        mask=held[:, None] & inside[None, :],
+        mask=both(held, inside, (tile, columns)),
     )
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 from qwen_moe_jax.formats.block_scaled import Matrix
 from qwen_moe_jax.kernels.grouped_matmul import TileSizes, gated_activation, sums, up_to_power
 from qwen_moe_jax.kernels.launch import KernelCost, launch
-from qwen_moe_jax.kernels.widen import Place, Stored, bytes_of_one, operands_of
+from qwen_moe_jax.kernels.widen import Place, Stored, bytes_of_one, masked_load, operands_of, within
 
 
 def gathered_matmul(
@@ -77,13 +77,12 @@ def _kernel(x_ref, *refs, gated, slots_per_row, columns, stored):
     @pl.when(group < matrix_refs[0].shape[0])
     def _():
         row = slot // slots_per_row
-        inside = column + jnp.arange(columns) < out
+        inside = within(column, columns, out)
 
         def products(i: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
             """total + step i of rows `first` and on of the matrix times x, not yet summed over columns."""
-            across = i * step + jnp.arange(step) < inner
-            part = plt.load(x_ref.at[row, pl.ds(i * step, step)], mask=across, other=0)
-            matrix = stored.numbers(matrix_refs, Place(group, first, i, inside))
+            part = masked_load(x_ref.at[row, pl.ds(i * step, step)], within(i * step, step, inner))
+            matrix = stored.numbers(matrix_refs, Place(group, first, columns, i, inside))
             return total + matrix * part.astype(jnp.float32)[None, :]
 
         empty = jnp.zeros((columns, step), jnp.float32)

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.kernels.launch import KernelCost, Schedule, launch
 from qwen_moe_jax.kernels.tiles import Tiles
-from qwen_moe_jax.kernels.widen import Place, Stored, bytes_of_one, operands_of
+from qwen_moe_jax.kernels.widen import Place, Stored, both, bytes_of_one, masked_load, operands_of, within
 
 # The least columns that a step is shortened to so that a row has one scale in it. In a shorter one a thread
 # would load less than 16 bytes of 4-bit codes.
@@ -133,13 +133,14 @@ def _kernel(x_ref, *refs, gated, slots_per_row, tile, columns, stored):
         # rows of the tile without a slot point behind the last one, where nothing is read or written
         slots = plt.load(slots_ref.at[pl.ds(start, tile)], mask=held, other=out_ref.shape[0])
         rows = slots // slots_per_row
-        inside = column + jnp.arange(columns) < out
+        inside = within(column, columns, out)
 
         def product(i: jax.Array, first: jax.Array, total: jax.Array) -> jax.Array:
             """total + step i of x[rows] times rows `first` and on of the group's matrix."""
             across = i * step + jnp.arange(step)[None, :]
-            part = plt.load(x_ref.at[rows[:, None], across], mask=held[:, None] & (across < inner), other=0)
-            matrix, scales = stored.tile(matrix_refs, Place(group, first, i, inside), part.dtype)
+            mask = both(held, within(i * step, step, inner), (tile, step))
+            part = masked_load(x_ref.at[rows[:, None], across], mask)
+            matrix, scales = stored.tile(matrix_refs, Place(group, first, columns, i, inside), part.dtype)
             added = plt.dot(part, matrix, trans_b=True)
             return total + (added if scales is None else added * scales[None, :])
 
@@ -149,7 +150,7 @@ def _kernel(x_ref, *refs, gated, slots_per_row, tile, columns, stored):
         plt.store(
             out_ref.at[slots[:, None], column + jnp.arange(columns)[None, :]],
             result,
-            mask=held[:, None] & inside[None, :],
+            mask=both(held, inside, (tile, columns)),
         )
 
 

@@ -40,19 +40,16 @@ class Place:
 
     Attributes:
         group, row: of its first element.
+        rows: how many.
         number: of the step.
-        inside: bool [rows], which of its rows exist.
+        inside: bool [rows], which of its rows exist; None for all.
     """
 
     group: jax.Array
     row: jax.Array
+    rows: int
     number: jax.Array
-    inside: jax.Array
-
-    @property
-    def rows(self) -> int:
-        """Of the tile."""
-        return self.inside.shape[0]
+    inside: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +133,10 @@ class Stored:
         """[rows, step / packed] as stored, zero behind the borders."""
         packed = 1 if self.codes is None else CODES[self.codes].packed
         width = self.step // packed
-        across = place.number * self.step + packed * jnp.arange(width) < self.columns
-        return plt.load(
+        across = within(place.number * self.step, self.step, self.columns, every=packed)
+        return masked_load(
             refs[0].at[place.group, pl.ds(place.row, place.rows), pl.ds(place.number * width, width)],
-            mask=place.inside[:, None] & across[None, :],
-            other=0,
+            both(place.inside, across, (place.rows, width)),
         )
 
     def _codes(self, refs: Sequence[Any], place: Place) -> jax.Array:
@@ -189,6 +185,34 @@ class Stored:
         rows = numbers.shape[0]
         split = numbers.reshape(rows, self.scales, self.step // self.scales)
         return operation(split, blocks[:, :, None]).reshape(rows, self.step)
+
+
+def within(first: jax.Array, count: int, size: int, *, every: int = 1) -> jax.Array | None:
+    """Which indices are less than `size`; None where all are. A mask that the compiler cannot see through
+    makes it load bytes one by one, each behind a branch.
+
+    Args:
+        first: a multiple of `count`.
+        count: how many indices a tile spans, from `first` on.
+        size: of the array.
+        every: only each such index is looked at.
+    """
+    if size % count == 0:
+        return None
+    return first + every * jnp.arange(count // every) < size
+
+
+def both(rows: jax.Array | None, columns: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """A tile's mask of those of its rows and columns."""
+    masks = ([] if rows is None else [rows[:, None]]) + ([] if columns is None else [columns[None, :]])
+    if not masks:
+        return None
+    return jnp.broadcast_to(masks[0] if len(masks) == 1 else masks[0] & masks[1], shape)
+
+
+def masked_load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """Zero where a mask is false."""
+    return plt.load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def operands_of(weights: Matrix) -> list[jax.Array]:

@@ -78,6 +78,17 @@ def code_of_experts(device: str, kernel: str, tokens: int, form: MatrixFormat, f
     return [body for name in names for body in kernel_code(lowered, shapes.kernels, folder, name)]
 
 
+@pytest.mark.parametrize("form", ["int4", "int8", "e4m3", "e4m3, granules"])
+@pytest.mark.parametrize("kernel", ["gathered", "grouped"])
+@pytest.mark.parametrize("device", TARGETS)
+def test_a_thread_loads_many_codes_at_once(device, kernel, form, tmp_path):
+    """In the sizes of released models, where no mask is needed. These forms have no bytes but codes."""
+    for code in code_of_experts(device, kernel, 4 if kernel == "gathered" else 64, FORMATS[form], tmp_path):
+        loaded = set(re.findall(r"= load (<\d+ x i\d+>|i8), ptr addrspace\(1\)", code))
+        assert loaded & {"<8 x i8>", "<16 x i8>", "<4 x i32>"}
+        assert not loaded & {"i8", "<1 x i8>", "<2 x i8>", "<4 x i8>"}
+
+
 def assert_multiplies_bfloat16(code: str) -> None:
     found = set(MFMA.findall(code))
     assert found
