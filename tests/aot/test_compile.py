@@ -33,6 +33,7 @@ from qwen_moe_jax.devices import DEVICES
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.parallel.mesh import make_mesh
 from qwen_moe_jax.schemes.fp8 import FP8
+from qwen_moe_jax.schemes.presets import of_dtype
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rocm")]
 
@@ -58,11 +59,12 @@ EXCHANGE = {"all-reduce": 1, "all-to-all": 1, "ragged-all-to-all": 2, "all-gathe
 _PASS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier"}
 
 
-def two_layers(*, float8: bool = False) -> ModelConfig:
+def two_layers(*, float8: bool = False, dtype: str | None = None) -> ModelConfig:
     """The 397B's widths, a layer of each kind."""
     kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
+    quantization = FP8 if float8 else of_dtype(dtype or "bfloat16")
     return dataclasses.replace(
-        released_config("397b"), num_hidden_layers=2, layer_types=kinds, quantization=FP8 if float8 else None
+        released_config("397b"), num_hidden_layers=2, layer_types=kinds, quantization=quantization
     )
 
 
@@ -73,10 +75,17 @@ def saved(folder: Path) -> dict[str, Module]:
 
 
 def compiled(
-    device: str, program: str, folder: Path, *, float8: bool = False, batch: int = BATCH, **choices: Any
+    device: str,
+    program: str,
+    folder: Path,
+    *,
+    float8: bool = False,
+    dtype: str | None = None,
+    batch: int = BATCH,
+    **choices: Any,
 ) -> tuple[Deployment, CompileReport, ProgramReport, Module]:
     deployment = make_deployment(
-        two_layers(float8=float8),
+        two_layers(float8=float8, dtype=dtype),
         DEVICES[device],
         expert=EXPERT_RANKS,
         batch=batch,
@@ -298,6 +307,19 @@ def test_float8_halves_what_a_step_reads(device, tmp_path):
     # half of the layers' matrices; lm_head and router stay bfloat16
     assert narrow.least.bytes["routed experts"] < 0.51 * wide.least.bytes["routed experts"]
     assert narrow.traffic_by_part["experts"] < 0.53 * wide.traffic_by_part["experts"]
+    assert_no_stack_is_copied(deployment, module)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("mxfp4", 4.25 / 16), ("int4", 4.125 / 16)])
+@pytest.mark.parametrize("device", TARGETS)
+def test_codes_of_four_bits_are_read_as_they_are_stored(device, dtype, share, tmp_path):
+    """The bits of codes and scales, over bfloat16's: nothing is widened in memory."""
+    _, _, wide, _ = compiled(device, "decode", tmp_path / "wide", batch=8)
+    deployment, report, narrow, module = compiled(device, "decode", tmp_path / "narrow", batch=8, dtype=dtype)
+    assert report.dtype == dtype
+    assert narrow.traffic_ratio <= LARGEST_TRAFFIC
+    assert narrow.least.bytes["routed experts"] < 1.01 * share * wide.least.bytes["routed experts"]
+    assert narrow.traffic_by_part["experts"] < 1.1 * share * wide.traffic_by_part["experts"]
     assert_no_stack_is_copied(deployment, module)
 
 
