@@ -204,10 +204,7 @@ class LoadedModel:
                 f"{config.num_experts}, {config.num_experts_per_tok} a token, and a shared one, in "
                 f"each layer",
             ),
-            (
-                "parameters",
-                f"{count:,} in {held} and {self.dtype.name}" if held else f"{count:,} in {self.dtype.name}",
-            ),
+            ("parameters", f"{count:,} in {held}{self.dtype.name}"),
             ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
             ("on", str(self.layout) if self.layout else f"one device ({self.kernels.target})"),
         ]

@@ -147,6 +147,11 @@ def test_inspect_counts_parameters_not_bytes(pair):
     summary, plain = inspect_checkpoint(pair.codes), inspect_checkpoint(pair.plain)
     assert summary.parameters == plain.parameters
     assert sum(summary.loaded_bytes.values()) < sum(plain.loaded_bytes.values())
+    words = {"e2m1": ("mxfp4", "nvfp4"), "e4m3": ("float8",)}
+    model = loaded(pair.codes)
+    codes = next(iter(forms_of(model).values())).codes
+    assert any(f" in {word} and float32" in repr(model) for word in words.get(codes, (codes,)))
+    assert any(f"held in {word} (layers) and" in str(model.describe()) for word in words.get(codes, (codes,)))
 
 
 @pytest.mark.parametrize(
