@@ -195,7 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     least = options.least
     if options.codes:
-        print(f"jax {jax.__version__}, {native_variant()}, {'least' if least else 'medians'} of {ROUNDS}\n")
+        print(f"jax {jax.__version__}, {native_variant()}, {'least' if least else 'medians'}\n")
         return codes_tables(tuple(options.tokens), least)
     rng = np.random.default_rng(0)
     statistic = "least" if least else "medians"
