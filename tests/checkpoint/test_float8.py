@@ -202,15 +202,19 @@ def test_a_layout_is_checked_layer_by_layer(ragged):
     assert report.ok, str(report)
 
 
-def test_bfloat16_computes_with_products_rounded_to_it(tmp_path):
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("xla", marks=pytest.mark.slow)])
+def test_in_bfloat16_it_is_as_near_the_truth_as_a_model_that_holds_rounded_products(kernels, tmp_path):
+    """Products of a few tokens do not round the matrix, those of many may: never worse than rounding it all."""
     pair = float8_pair(tmp_path, 1, RAGGED, dtype=torch.bfloat16)
-    model = QwenMoe.from_pretrained(pair.float8)
+    ids = np.stack([random_ids(pair.config, 33, draw) for draw in range(6)])
+    truth = np.asarray(QwenMoe.from_pretrained(pair.float8, dtype=jnp.float32).logits(ids))
+    model = QwenMoe.from_pretrained(pair.float8, kernels=kernels)
     assert model.dtype == jnp.bfloat16
-    rounded = QwenMoe.from_pretrained(pair.plain, dtype=jnp.bfloat16)
-    ids = random_ids(pair.config, 33, 0)[None]
-    a, b = np.asarray(model.logits(ids)), np.asarray(rounded.logits(ids))
-    # the same products in another order of operations, whose sums are float32 and seldom round otherwise
-    assert np.abs(a - b).max() <= 2**-7 * np.abs(b).max()
+    rounded = QwenMoe.from_pretrained(pair.plain, dtype=jnp.bfloat16, kernels=kernels)
+    ours, theirs = (np.abs(np.asarray(m.logits(ids)) - truth) for m in (model, rounded))
+    # over six prompts a router that decides otherwise moves the mean by a few per cent
+    assert ours.mean() <= 1.1 * theirs.mean()
+    assert ours.max() <= 2 * theirs.max()
 
 
 def test_float8_stays_float8_in_memory(ragged):
