@@ -204,7 +204,7 @@ def test_a_layout_is_checked_layer_by_layer(ragged):
 
 @pytest.mark.parametrize("kernels", ["auto", pytest.param("xla", marks=pytest.mark.slow)])
 def test_in_bfloat16_it_is_as_near_the_truth_as_a_model_that_holds_rounded_products(kernels, tmp_path):
-    """Products of a few tokens do not round the matrix, those of many may: never worse than rounding it all."""
+    """Products of few tokens do not round the matrix, those of many may: no worse than rounding all of it."""
     pair = float8_pair(tmp_path, 1, RAGGED, dtype=torch.bfloat16)
     ids = np.stack([random_ids(pair.config, 33, draw) for draw in range(6)])
     truth = np.asarray(QwenMoe.from_pretrained(pair.float8, dtype=jnp.float32).logits(ids))
