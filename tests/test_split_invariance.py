@@ -244,6 +244,7 @@ def test_a_ragged_batch_generates_what_each_row_generates_alone() -> None:
         assert out.sequences == alone
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     others = [random_ids(CONFIG, length, 99) for length in LENGTHS]
     batch = [ROWS[0], others[1], others[2]]

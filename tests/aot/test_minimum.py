@@ -150,7 +150,7 @@ def test_flops_of_a_device_of_a_mesh_are_those_that_xla_counts(index: int) -> No
     assert routed < ELEMENTWISE_ON_A_MESH * work.total_flops
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)))
+@pytest.mark.parametrize("index", some(range(len(LAYOUTS)), lambda i: i % 3 == 0))
 def test_collectives_move_the_bytes_that_the_compiled_program_moves(index: int) -> None:
     layout, compiled = on_a_mesh(index)
     expected: Counter[str] = Counter()

@@ -41,7 +41,7 @@ CASES = [
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(case, marks=pytest.mark.slow if case[0] > 4 else ()) for case in CASES],
+    params=[pytest.param(case, marks=pytest.mark.slow if case[0] > 1 else ()) for case in CASES],
     ids=lambda case: f"seed{case[0]}",
 )
 def pair(request, tmp_path_factory):

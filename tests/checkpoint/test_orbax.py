@@ -108,6 +108,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_both_layouts_load_into_the_sharding_asked_for(saved, tmp_path):
     assert CONFIG.num_experts % 4 == 0
     write_safetensors(tmp_path, random_parameters(CONFIG), CONFIG, dtype=jnp.bfloat16)

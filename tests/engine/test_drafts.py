@@ -217,6 +217,7 @@ def test_a_drawn_token_has_the_probability_that_the_model_gives_it() -> None:
     assert ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 26.1
 
 
+@pytest.mark.slow
 def test_the_trained_layer_drafts_and_nothing_behind_a_stop_string_is_shown() -> None:
     plain, drafting = (
         QwenMoe.from_pretrained(CHECKPOINT, dtype="float32", draft_tokens=drafts) for drafts in (0, 3)
@@ -317,6 +318,7 @@ def test_drafts_are_asked_for_where_there_are_any(tmp_path) -> None:
         QwenMoe.from_pretrained(tmp_path / "text", draft_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_model_that_drafts_is_saved_with_its_drafter(tmp_path) -> None:
     drafting = model(9, 3)
     drafting.save_pretrained(tmp_path / "whole")

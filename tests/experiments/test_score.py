@@ -74,6 +74,7 @@ def test_scores_of_a_mesh_are_those_of_one_device() -> None:
     check(mesh, one, 1)
 
 
+@pytest.mark.slow
 def test_the_likeliest_continuation_is_greedy_and_an_edit_is_scored() -> None:
     own, rng = model(3), np.random.default_rng(0)
     context = rng.integers(0, own.config.vocab_size, 20).tolist()

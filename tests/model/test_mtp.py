@@ -17,6 +17,7 @@ from support import oracle, parity
 from support.configs import random_config, random_ids
 from support.parts import PartsCheckpoint, full_attention_config, perturb_mtp, reference_mtp
 from support.reference import build_reference, parameters_float64
+from support.slow import some
 from transformers import Qwen3_5MoeForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -215,7 +216,7 @@ def measured(case: Case, logits: np.ndarray) -> parity.Errors:
     return parity.measure(parity.Case(0, case.tokens, case.truth, np.inf), logits, reference_logits(case))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", some(SEEDS, lambda i: i == 0))
 @pytest.mark.parametrize(
     "lengths", [(LENGTH,), (1,) * LENGTH, (33, 1, 1, 35)], ids=["whole", "steps", "split"]
 )

@@ -112,7 +112,7 @@ def drawn(seed: int) -> Layout:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.slow if s > 0 else ()) for s in range(36)]
+    "seed", [pytest.param(s, marks=pytest.mark.slow if s != 4 else ()) for s in range(36)]
 )
 def test_random_configurations_on_random_layouts_equal_one_device(seed: int) -> None:
     case = mesh_case(seed)
