@@ -137,7 +137,7 @@ INTERPRETED = Kernels("gfx942", interpret=True)
 
 
 @pytest.mark.parametrize("widening", ["bits", "native"])
-@pytest.mark.parametrize("block", some(BLOCKS, lambda i: i == 0))
+@pytest.mark.parametrize("block", some([(block,) for block in BLOCKS], lambda i: i == 0))
 @pytest.mark.parametrize("form", FORMS)
 def test_float8_matrices_are_multiplied_as_if_they_were_multiplied_out(form, block, widening):
     given = draw((21, 2, 4, 160, 140), "bfloat16")
