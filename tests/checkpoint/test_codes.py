@@ -31,8 +31,9 @@ from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh
 from qwen_moe_jax.schemes.presets import preset
 
+# Over three ranks slices differ in length; they are alike with and without codes, of which two share a byte.
 LAYOUTS = [
-    ((1, 1, 5), "prescaled", {}),
+    ((1, 1, 3), "prescaled", {}),
     ((1, 2, 2), "sharded", {}),
     ((1, 3, 2), "outside", {"expert_dispatch": "all_to_all"}),
     ((2, 2, 2), "outside", {"attention": "data"}),
