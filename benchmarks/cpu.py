@@ -292,7 +292,7 @@ class Roofline:
         return max(read / (self.machine["read"] * 1e9), flops / (peak * 1e9))
 
 
-def _machine(threads: int) -> dict[str, float]:
+def measured_machine(threads: int) -> dict[str, float]:
     """Runs machine.cc."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "machine"
@@ -412,7 +412,7 @@ def main() -> int:
 
     from qwen_moe_jax.config import ModelConfig
 
-    machine = _machine(args.threads)
+    machine = measured_machine(args.threads)
     print(machine, flush=True)
     # transformers first: it needs twice the weights while it loads
     theirs: list[Any] = [Worker(THEIRS, dtype, args) for dtype in args.transformers]

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cpu import OURS, Job, Worker, _machine
+from cpu import OURS, Job, Worker, measured_machine
 
 JOBS = (Job(1, 128, 64), Job(8, 128, 32), Job(1, 512, 0))
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    machine = _machine(args.threads)
+    machine = measured_machine(args.threads)
     print(f"{args.threads} threads read {machine['read']} GB/s", flush=True)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as temporary:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import MROPE_SECTION, SIZES
 
 from qwen_moe_jax.aot.assumptions import OPERATIONS, Assumptions
 from qwen_moe_jax.aot.times import DECODING, READING, TimeModel
@@ -35,23 +36,6 @@ from qwen_moe_jax.parallel.mesh import abstract_mesh
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 TENTH = 0.1
 GROUP = 4  # layers: three of Gated DeltaNet, one of attention
-_TINY = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "eos_token_id": [1],
-}
-_MROPE = {32: [2, 1, 1], 256: [11, 11, 10]}
 # Where a GPU is not AMD's, the kernels that the table has for those; Triton lowers them as well.
 _PALLAS = {"experts": "pallas_grouped", "attention": "flash", "delta_step": "pallas_step"}
 
@@ -89,8 +73,8 @@ def sizes(rehearse: bool, memory: int | None) -> dict[str, Any]:
     file = resources.files("qwen_moe_jax.configs") / "qwen3.5-35b-a3b.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     if rehearse:
-        found |= _TINY
-    found["rope_parameters"] |= {"mrope_section": _MROPE[found["head_dim"]]}
+        found |= SIZES["tiny"] | {"eos_token_id": [1]}
+    found["rope_parameters"] |= {"mrope_section": MROPE_SECTION[found["head_dim"]]}
     wanted = TENTH * (memory or 0)
     groups = range(1, found["num_hidden_layers"] // GROUP + 1)
     if rehearse:

@@ -18,79 +18,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sizes import MROPE_SECTION, SIZES
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
-SIZES = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    },
-    "mid": {
-        "vocab_size": 32768,
-        "hidden_size": 1024,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "linear_num_key_heads": 8,
-        "linear_num_value_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 256,
-    },
-    "large": {
-        "vocab_size": 32768,
-        "hidden_size": 2048,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-    },
-    "397b-narrow": {
-        "vocab_size": 15520,
-        "hidden_size": 256,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 64,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
-    },
-}
-# one matrix as large as the vocabulary shows as much as two
-SIZES["35b-slice"] = SIZES["large"] | {"vocab_size": 248320, "tie_word_embeddings": True}
-# head_dim -> temporal, height, width frequencies
-MROPE_SECTION = {16: [2, 0, 0], 32: [2, 1, 1], 128: [6, 5, 5], 256: [11, 11, 10]}
 NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation
 
 
