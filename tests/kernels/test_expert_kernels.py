@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.routed import routed_inputs
 from support.slow import some
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
@@ -33,17 +34,14 @@ SHAPES = [
 
 
 def draw(shape: tuple[int, ...], dtype: str, seed: int = 0) -> dict:
-    """Inputs where about a fifth of the slots have no expert."""
-    tokens, top_k, experts, hidden, inner = shape
-    rng = np.random.default_rng([seed, *shape])
-    ids = rng.integers(0, experts + experts // 4 + 1, (tokens, top_k)).clip(0, experts)
-    return {
-        "x": jnp.asarray(rng.normal(size=(tokens, hidden)), dtype),
-        "expert_ids": jnp.asarray(ids, jnp.int32),
-        "weights": jnp.asarray(rng.dirichlet(np.ones(top_k), tokens), jnp.float32),
-        "gate_up": jnp.asarray(rng.normal(size=(experts, 2 * inner, hidden)) * 2 * hidden**-0.5, dtype),
-        "down": jnp.asarray(rng.normal(size=(experts, hidden, inner)) * inner**-0.5, dtype),
-    }
+    """As of `routed_inputs`, with matrices of numbers."""
+    rng, (*_, hidden, inner) = np.random.default_rng([seed, *shape]), shape
+
+    def matrix(stack: tuple[int, int, int]) -> jax.Array:
+        size = 2 * hidden**-0.5 if stack[1:] == (2 * inner, hidden) else inner**-0.5
+        return jnp.asarray(rng.normal(size=stack) * size, dtype)
+
+    return routed_inputs(rng, shape, dtype, matrix)
 
 
 def run(form: str, given: dict, **options) -> jax.Array:

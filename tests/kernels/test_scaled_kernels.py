@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.coded import random_codes
+from support.routed import routed_inputs
 from support.slow import some
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled
@@ -95,17 +96,9 @@ def test_the_test_above_tells_rounded_numbers_from_exact_ones():
 
 
 def draw(shape: tuple[int, ...], form: MatrixFormat, dtype: str, seed: int = 0) -> dict[str, Any]:
-    """Inputs where about a fifth of the slots have no expert, by an id that may be any behind the last."""
-    tokens, top_k, experts, hidden, inner = shape
+    """As of `routed_inputs`, with matrices of codes."""
     rng = np.random.default_rng([seed, *shape])
-    ids = rng.integers(0, experts + experts // 4 + 1, (tokens, top_k)).clip(0, experts)
-    return {
-        "x": jnp.asarray(rng.normal(size=(tokens, hidden)), dtype),
-        "expert_ids": jnp.asarray(ids, jnp.int32),
-        "weights": jnp.asarray(rng.dirichlet(np.ones(top_k), tokens), jnp.float32),
-        "gate_up": random_codes(rng, (experts, 2 * inner, hidden), form),
-        "down": random_codes(rng, (experts, hidden, inner), form),
-    }
+    return routed_inputs(rng, shape, dtype, lambda stack: random_codes(rng, stack, form))
 
 
 def run(kernel: str, given: dict[str, Any], **options: Any) -> jax.Array:

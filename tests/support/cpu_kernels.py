@@ -24,6 +24,7 @@ from qwen_moe_jax.model.delta_net import conv_heads, read_slots
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan
 from support.delta_oracle import delta_inputs, delta_oracle
 from support.paging import in_pages
+from support.routed import routed_inputs
 
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 EPS = {FLOAT32: 2.0**-24, BFLOAT16: 2.0**-8}  # half a unit in the last place, or a whole one where two round
@@ -169,16 +170,10 @@ def check_product(found: jax.Array, x: jax.Array, matrix: Matrix, out: str, vari
 def expert_case(
     seed: int, tokens: int, top_k: int, experts: int, hidden: int, inner: int, dtype: str, held: str
 ) -> dict:
-    """Inputs where about a fifth of the slots have no expert, and a token may have an expert twice."""
+    """As of `routed_inputs`, with matrices that are held so."""
     rng = np.random.default_rng([seed, tokens, hidden])
-    ids = rng.integers(0, experts + experts // 4 + 1, (tokens, top_k)).clip(0, experts)
-    return {
-        "x": jnp.asarray(rng.normal(size=(tokens, hidden)), dtype),
-        "expert_ids": jnp.asarray(ids, jnp.int32),
-        "weights": jnp.asarray(rng.dirichlet(np.ones(top_k), tokens), jnp.float32),
-        "gate_up": draw_matrix(rng, (experts, 2 * inner, hidden), held),
-        "down": draw_matrix(rng, (experts, hidden, inner), held),
-    }
+    shape = tokens, top_k, experts, hidden, inner
+    return routed_inputs(rng, shape, dtype, lambda stack: draw_matrix(rng, stack, held))
 
 
 def expert_cases(seed: int, count: int) -> Iterator[dict]:
