@@ -1,12 +1,13 @@
 """The commands about AMD GPUs that are not here: toolchain, compile, plan."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.schemes.presets import DTYPES, dtype_of
+from qwen_moe_jax.schemes.presets import DTYPES, dtype_of, of_dtype
 
 _SHORT = {"bf16": "bfloat16", "fp8": "float8"}
 
@@ -125,18 +126,19 @@ def _config(options: argparse.Namespace) -> Any:
     dtype = _SHORT.get(options.dtype, options.dtype)
     if dtype not in DTYPES:
         raise InputError(f"--dtype is {options.dtype!r}; expected {', '.join(('bf16', 'fp8', *DTYPES))}.")
-    quantization = find_config(options.model).quantization
-    if quantization is not None and dtype != dtype_of(quantization):
+    config = find_config(options.model)
+    if config.quantization is None:
+        return dataclasses.replace(config, quantization=of_dtype(dtype))
+    stored = dtype_of(config.quantization)
+    if dtype != stored:
         raise InputError(
-            f"--dtype is {options.dtype}, and {options.model} is a checkpoint in {dtype_of(quantization)}, "
+            f"--dtype is {options.dtype}, and {options.model} is a checkpoint in {stored}, "
             "which is held so; leave --dtype out, or give a bfloat16 checkpoint."
         )
-    return find_config(options.model, dtype=None if quantization is not None else dtype)
+    return config
 
 
 def _compile(options: argparse.Namespace) -> int:
-    import dataclasses
-
     from qwen_moe_jax.aot.compile import compile_deployment, make_deployment
     from qwen_moe_jax.devices import find_device
 

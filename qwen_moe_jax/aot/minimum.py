@@ -18,7 +18,7 @@ from math import comb, prod
 from typing import Any
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.checkpoint.layout import is_matrix, is_side
+from qwen_moe_jax.checkpoint.layout import is_matrix, is_side, whole_shape
 from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.errors import InputError
@@ -352,7 +352,7 @@ def _flops(layout: Layout, policy: DtypePolicy, share: _Share, tokens: int, cont
     found: defaultdict[str, float] = defaultdict(float)
     forms = _one_of_each_kind(layout).forms
     for name, held, _ in _held(layout, policy):
-        shape = forms[name].matrix_shape(held) if name in forms else held
+        shape = whole_shape(name, held, forms)
         if name == _EMBEDDING:
             found["lm_head"] += 2 * share.rows * prod(shape) if config.tie_word_embeddings else 0
         elif ".mlp.experts." in name and not is_side(name):

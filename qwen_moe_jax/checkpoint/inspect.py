@@ -7,12 +7,11 @@ from math import prod
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import (
     canonical_name,
     count_elements,
-    formats_in_words,
+    held_in_words,
     is_side,
     parameter_forms,
     parameter_shapes,
@@ -160,7 +159,6 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
     shapes, forms = parameter_shapes(config), parameter_forms(config)
     layout, stored, skipped = _stored(folder, config, shapes)
     counts = {n: count_elements(n, s, forms) for n, s in shapes.items() if not is_side(n)}
-    words = formats_in_words(config)
     full = config.layer_types.count(FULL_ATTENTION)
     linear = config.num_hidden_layers - full
     kv = 2 * full * config.num_key_value_heads * config.head_dim
@@ -176,9 +174,8 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
         stored_bytes=stored,
         skipped_bytes=skipped,
         loaded_bytes={
-            f"{words} and {dtype}" if words else dtype: sum(
-                prod(s) * stored_dtype(n, forms, np.dtype(jnp.dtype(dtype))).itemsize
-                for n, s in shapes.items()
+            held_in_words(config, dtype): sum(
+                prod(s) * stored_dtype(n, forms, jnp.dtype(dtype)).itemsize for n, s in shapes.items()
             )
             for dtype in itemsizes
         },

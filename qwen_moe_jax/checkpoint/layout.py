@@ -246,7 +246,18 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, 
 
 def count_elements(name: str, shape: tuple[int, ...], forms: Mapping[str, MatrixFormat]) -> int:
     """Of one parameter; of codes, how many there are."""
-    return prod(shape) * (forms[name].of_codes.packed if name in forms else 1)
+    return prod(whole_shape(name, shape, forms))
+
+
+def whole_shape(name: str, shape: tuple[int, ...], forms: Mapping[str, MatrixFormat]) -> tuple[int, ...]:
+    """Of a parameter as it would be unquantised.
+
+    Args:
+        name: canonical.
+        shape: as it is stored, or held.
+        forms: as of `parameter_forms`.
+    """
+    return forms[name].matrix_shape(shape) if name in forms else shape
 
 
 def stored_dtype(name: str, forms: Mapping[str, MatrixFormat], matrix: np.dtype) -> np.dtype:
@@ -261,7 +272,7 @@ def stored_dtype(name: str, forms: Mapping[str, MatrixFormat], matrix: np.dtype)
     if form is None:
         return matrix if is_matrix(name) else np.dtype(np.float32)
     if name == scale_name(matrix_name(name)):
-        return np.dtype(jnp.dtype(form.scale_dtype))
+        return jnp.dtype(form.scale_dtype)
     return np.dtype(np.uint8) if is_side(name) else form.of_codes.dtype
 
 
@@ -312,6 +323,12 @@ def formats_in_words(config: ModelConfig) -> str:
     forms = dict.fromkeys((form.codes, form.scale_dtype) for form in parameter_forms(config).values())
     four = {"float8_e8m0fnu": "mxfp4"}
     return ", ".join(dict.fromkeys(_WORDS.get(codes) or four.get(scales, "nvfp4") for codes, scales in forms))
+
+
+def held_in_words(config: ModelConfig, dtype: str) -> str:
+    """What matrices are in where those that are no codes are in a dtype: "float8 and bfloat16"."""
+    words = formats_in_words(config)
+    return f"{words} and {dtype}" if words else dtype
 
 
 def is_matrix(name: str) -> bool:

@@ -369,6 +369,11 @@ class StoredAs:
         """What a piece of the parameter is called in the file."""
         return piece if self.packing is None else stored_name(piece, self.packing.names[self.part])
 
+    def divisor(self, piece: str) -> str | None:
+        """What the number is called that the scales of a piece are divided by, or None."""
+        ending = self.packing.names.get("divisor") if self.packing is not None else None
+        return stored_name(piece, ending) if ending is not None and self.part == "scales" else None
+
 
 _PLAIN = StoredAs(None, "codes", Layout(("F32", "BF16")))
 

@@ -22,6 +22,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_forms,
     parameter_shapes,
     text_keys,
+    whole_shape,
 )
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
@@ -128,13 +129,19 @@ def part_keys(part: str, config: ModelConfig | None = None) -> KeyMap:
 
 
 def read_part(
-    folder: str | Path, part: str, *, dtype: Any = "auto", progress: bool = False
+    folder: str | Path,
+    part: str,
+    *,
+    config: ModelConfig | None = None,
+    dtype: Any = "auto",
+    progress: bool = False,
 ) -> tuple[dict[str, jax.Array], Forms]:
     """Reads a part of a checkpoint onto the default device, strictly.
 
     Args:
         folder: with config.json and safetensors files.
         part: "mtp" or "visual".
+        config: of the text model, as of `read_config`; None reads it.
         dtype: what matrices, lookup tables and the patch convolution are held in: jnp.float32, jnp.bfloat16
             (a float32 file is rounded to nearest even), or "auto" for the dtype that most of the part is
             stored in. Norms and biases are float32.
@@ -153,7 +160,7 @@ def read_part(
         InputError: no such part, or another dtype.
     """
     folder, keys = Path(folder), part_keys(part)
-    config = read_config(folder)
+    config = config or read_config(folder)
     requested = None if isinstance(dtype, str) and dtype == "auto" else float_dtype(dtype)
     if not holds_part(folder, part):
         raise CheckpointError(
@@ -167,7 +174,7 @@ def read_part(
         name: whole(
             name,
             jax.ShapeDtypeStruct(
-                forms[name].matrix_shape(shape) if name in forms else shape,
+                whole_shape(name, shape, forms),
                 matrix if is_part_matrix(shape) else jnp.float32,
             ),
         )

@@ -169,12 +169,9 @@ def _outputs(
     prefix = PART_PREFIXES["mtp"]
     root = prefix if name.startswith(prefix) else "model."
     own = name.removeprefix(prefix)
+    key_of = prefix.__add__ if root == prefix else hf_key
     dtype, scheme = source_dtype(source), matrix_scheme(config, own, root)
     for piece in (scheme and expert_pieces(own, shape)) or [whole_piece(own, shape)]:
-
-        def key_of(canonical: str) -> str:
-            return prefix + canonical if root == prefix else hf_key(canonical)
-
         entries = ((key_of(piece.name), dtype, piece.shape),)
         if scheme is not None:
             entries = tuple(

@@ -22,7 +22,14 @@ from qwen_moe_jax.checkpoint.layout import (
     matrix_name,
     whole_piece,
 )
-from qwen_moe_jax.checkpoint.packing import PackedTensor, Packing, as_array, stored_as, stored_name
+from qwen_moe_jax.checkpoint.packing import (
+    PACKINGS,
+    PackedTensor,
+    Packing,
+    as_array,
+    stored_as,
+    stored_name,
+)
 from qwen_moe_jax.checkpoint.packing_checks import Check, check_packing, kind_of
 from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes, read_packed
 from qwen_moe_jax.checkpoint.safetensors_files import (
@@ -273,7 +280,8 @@ def match_tensors(
     checks: list[Check] = []
     for name, shape in shapes.items():
         sources[name] = []
-        found = stored_as(name, keys.scheme(matrix_name(name)))
+        scheme = keys.scheme(matrix_name(name))
+        found = stored_as(name, scheme)
         for piece in _pieces(name, shape, by_name, found.name):
             tensor = unused.pop(found.name(piece.name), None)
             if tensor is None:
@@ -288,18 +296,14 @@ def match_tensors(
                 unreadable.append(f"{tensor.key} is {tensor.dtype} instead of {expected}")
                 continue
             source = as_array(tensor, found.layout, piece.shape)
-            if found.packing is not None:
-                scheme = keys.scheme(matrix_name(name))
-                assert scheme is not None
-                if found.part == "codes":
-                    checks += _checks(piece, scheme, found.packing, unused)
-                divisor = found.packing.names.get("divisor")
-                if found.part == "scales" and divisor is not None:
-                    one = unused.pop(stored_name(piece.name, divisor), None)
-                    if one is None or one.dtype != "F32" or one.nbytes != 4:
-                        missing.append(keys.key(stored_name(piece.name, divisor)))
-                    elif isinstance(source, PackedTensor):
-                        source = dataclasses.replace(source, divisor=one)
+            if scheme is not None and found.part == "codes":
+                checks += _checks(piece, scheme, PACKINGS[scheme.packing], unused)
+            divisor = found.divisor(piece.name)
+            if divisor is not None and isinstance(source, PackedTensor):
+                one = unused.pop(divisor, None)
+                if one is None or one.dtype != "F32" or one.nbytes != 4:
+                    missing.append(keys.key(divisor))
+                source = dataclasses.replace(source, divisor=one)
             sources[name].append((piece, source))
     tied_head = unused.pop("lm_head.weight", None) if "embed_tokens.weight" in shapes else None
     unexpected += [tensor.key for tensor in unused.values()]
@@ -358,8 +362,7 @@ def _stored_bytes(source: Source) -> int:
 
 def _position(source: Source) -> tuple[str, int]:
     first = source[0][1]
-    tensor = first.tensor if isinstance(first, PackedTensor) else first
-    return str(tensor.file), tensor.offset
+    return str(first.file), first.offset
 
 
 def source_dtype(source: Source) -> np.dtype:

@@ -30,7 +30,8 @@ def with_scales(
     """Turns the targets of matrices that are stored as codes into those of codes, scales and zero points.
 
     Args:
-        targets: canonical name -> how a parameter is held, as if matrices were whole.
+        targets: canonical name -> how a parameter is held, as if matrices were whole. What one is made of is
+            stored in one format (`parallel.layout.check_fusable`).
         shapes: stored parameter -> shape, with scales and zero points.
         stored: name of a stored matrix of codes -> its format.
 
@@ -38,14 +39,14 @@ def with_scales(
         (all targets; canonical name -> the format that a matrix is held in, with granules as blocks).
 
     Raises:
-        InputError: a slice begins between two codes of a byte, or is made of matrices in different formats.
+        InputError: a slice begins between two codes of a byte.
     """
     found: dict[str, Target] = {}
     forms: Forms = {}
     for name, target in targets.items():
         if is_side(name):
             continue
-        form = _form(name, target, stored)
+        form = stored.get(name)
         if form is None:
             found[name] = target
             continue
@@ -58,18 +59,6 @@ def with_scales(
         for name_of, dtype in sides:
             found[name_of(name)] = _side_target(target, granules, shapes, stored, name_of, dtype)
     return found, forms
-
-
-def _form(name: str, target: Target, stored: Mapping[str, MatrixFormat]) -> MatrixFormat | None:
-    """The one format of all that a target is made of."""
-    sources = sorted({copy.source for index in _indices(target) for copy in target.copies(index)})
-    kinds = {stored.get(source) for source in sources}
-    if len({form and dataclasses.replace(form, block=(0, 0)) for form in kinds}) > 1:
-        raise InputError(
-            f"{name} would be made of {' and '.join(sources)}, which are stored in different formats; load "
-            "with another shared_expert than 'fused'."
-        )
-    return stored.get(sources[0]) if sources else None
 
 
 def _codes_target(name: str, target: Target, form: MatrixFormat) -> Target:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, is_side, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
-from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
+from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
 from qwen_moe_jax.checkpoint.packing import PACKINGS, stored_name
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, stored_tensors
 from qwen_moe_jax.config import ModelConfig
@@ -43,8 +43,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not any(
         key.endswith(tuple(endings)) or dtype in ("F8_E4M3", "U8", "I8", "I32") for key, dtype in mtp.items()
     ):
-        plain = Rule((prefix.replace(".", r"\."),), None)
-        quantization = dataclasses.replace(quantization, rules=(plain, *quantization.rules))
+        quantization = _without_mtp(quantization)
     ends = tuple(
         stored_name("x.weight_scale_inv", PACKINGS[scheme.packing].names["scales"])[1:]
         for scheme in quantization.schemes()
@@ -57,16 +56,27 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 _SCALES = ("F32", "BF16", "F16")
+_FLOATS = tuple(READABLE_DTYPES[dtype].name for dtype in _SCALES)
 
 
 def _of_orbax(folder: Path, quantization: Quantization) -> Quantization:
-    arrays = stored_arrays(folder)
-    names = {a.dtype.name for n, a in arrays.items() if is_side(n) and n == scale_name(matrix_name(n))}
-    mtp = stored_arrays(folder, mtp=True)
-    if not any(is_side(name) for name in mtp):
-        plain = Rule((PART_PREFIXES["mtp"].replace(".", r"\."),), None)
-        quantization = dataclasses.replace(quantization, rules=(plain, *quantization.rules))
-    return quantization.with_scales_in(_widest(names & {"float32", "bfloat16", "float16"}))
+    prefix = PART_PREFIXES["mtp"]
+    if not any(name.startswith(prefix) and is_side(name) for name in stored_names(folder)):
+        quantization = _without_mtp(quantization)
+    if all(scheme.scale_dtype is not None for scheme in quantization.schemes()):
+        return quantization
+    scales = {
+        array.dtype.name
+        for name, array in stored_arrays(folder).items()
+        if name == scale_name(matrix_name(name)) and array.dtype.name in _FLOATS
+    }
+    return quantization.with_scales_in(_widest(scales))
+
+
+def _without_mtp(quantization: Quantization) -> Quantization:
+    """The same, where multi-token prediction is as it was."""
+    plain = Rule((PART_PREFIXES["mtp"].replace(".", r"\."),), None)
+    return dataclasses.replace(quantization, rules=(plain, *quantization.rules))
 
 
 def _widest(dtypes: set[str]) -> str:

@@ -108,20 +108,14 @@ def widened_codes(values: jax.Array, codes: str, widening: str = "bits") -> jax.
     nibbles = jnp.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
     if codes == "int4":
         return nibbles.astype(jnp.float32)
-    # Behind the sign, one place further up, lie the bits of a float16 of 2^-14 times the value, subnormal
-    # ones included.
-    wide = nibbles.astype(jnp.uint16)
-    half = ((wide & 8) << 12) | ((wide & 7) << 9)
-    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0**14
+    return e2m1_of_bits(nibbles)
 
 
 def widened_scales(scales: jax.Array) -> jax.Array:
     """Scales in any of their dtypes -> float32, exactly."""
     if scales.dtype != jnp.float8_e8m0fnu:
         return scales.astype(jnp.float32)
-    exponent = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint32)
-    # the code 0, 2^-127, is subnormal in float32
-    return lax.bitcast_convert_type(jnp.where(exponent == 0, 1 << 22, exponent << 23), jnp.float32)
+    return e8m0_of_bits(lax.bitcast_convert_type(scales, jnp.uint8))
 
 
 def widened(values: jax.Array, widening: str) -> jax.Array:
@@ -140,6 +134,29 @@ def widened(values: jax.Array, widening: str) -> jax.Array:
     if widening == "fnuz":
         bits = jnp.where(bits == 0x80, jnp.uint8(0), bits)
         return lax.bitcast_convert_type(bits, jnp.float8_e4m3fnuz).astype(jnp.float32) * 2
+    return e4m3_of_bits(bits)
+
+
+def e4m3_of_bits(bits: jax.Array) -> jax.Array:
+    """The bits of finite float8_e4m3fn, uint8 -> their numbers in float32."""
     wide = bits.astype(jnp.uint16)
     half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256
+
+
+def e2m1_of_bits(bits: jax.Array) -> jax.Array:
+    """4-bit floats, one a byte, uint8 -> their numbers in float32.
+
+    Behind the sign, one place further up, lie the bits of a float16 of 2^-14 times the value, subnormal ones
+    included.
+    """
+    wide = bits.astype(jnp.uint16)
+    half = ((wide & 8) << 12) | ((wide & 7) << 9)
+    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0**14
+
+
+def e8m0_of_bits(bits: jax.Array) -> jax.Array:
+    """The bits of finite float8_e8m0fnu, uint8 -> their powers of two in float32."""
+    exponent = bits.astype(jnp.uint32)
+    # the code 0, 2^-127, is subnormal in float32
+    return lax.bitcast_convert_type(jnp.where(exponent == 0, 1 << 22, exponent << 23), jnp.float32)

@@ -16,6 +16,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_shapes,
     stored_dtype,
     text_keys,
+    whole_shape,
 )
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
@@ -182,9 +183,7 @@ def with_stored_scales(
         parameters: by these names, scales and zero points held for granules.
     """
     held = {
-        name: whole(
-            name, jax.ShapeDtypeStruct(forms[name].matrix_shape(s) if name in forms else s, jnp.float32)
-        )
+        name: whole(name, jax.ShapeDtypeStruct(whole_shape(name, s, forms), jnp.float32))
         for name, s in shapes.items()
         if not is_side(name)
     }

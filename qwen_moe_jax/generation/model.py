@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.checkpoint.layout import (
     count_parameters,
-    formats_in_words,
+    held_in_words,
     parameter_forms,
     parameter_shapes,
 )
@@ -190,8 +190,6 @@ class LoadedModel:
         config, kinds = self.config, self.config.layer_types
         full = kinds.count(FULL_ATTENTION)
         count = count_parameters(parameter_shapes(config), parameter_forms(config))
-        words = formats_in_words(config)
-        held = f"{words} and " if words else ""
         lines = [
             ("QwenMoe", self.folder.name),
             (
@@ -204,7 +202,7 @@ class LoadedModel:
                 f"{config.num_experts}, {config.num_experts_per_tok} a token, and a shared one, in "
                 f"each layer",
             ),
-            ("parameters", f"{count:,} in {held}{self.dtype.name}"),
+            ("parameters", f"{count:,} in {held_in_words(config, self.dtype.name)}"),
             ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
             ("on", str(self.layout) if self.layout else f"one device ({self.kernels.target})"),
         ]
@@ -256,7 +254,7 @@ class LoadedModel:
         """
         part_keys(name)  # refuses other names
         if name == "visual":
-            return read_part(self.folder, name, dtype=self.dtype, progress=progress)[0]
+            return read_part(self.folder, name, config=self.config, dtype=self.dtype, progress=progress)[0]
         if self.layout is not None:
             raise InputError(
                 "the model lies on a mesh, but multi-token prediction is implemented on one device only; "

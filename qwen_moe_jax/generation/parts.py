@@ -30,7 +30,7 @@ def load_mtp(
         CheckpointError, ConfigError: as of `read_part` and `MtpHead`.
     """
     # Read first: of a checkpoint without the part, config.json need not say anything about it.
-    values, forms = read_part(folder, "mtp", dtype=compute, progress=progress)
+    values, forms = read_part(folder, "mtp", config=config, dtype=compute, progress=progress)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     layers = stored_mtp_layers(folder)
     head = abstract_mtp(config, layers, policy, kernels, forms)

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
-from qwen_moe_jax.formats.codes import CODES
+from qwen_moe_jax.formats.codes import CODES, e2m1_of_bits, e4m3_of_bits, e8m0_of_bits
 
 WIDENINGS = ("native", "bits")
 
@@ -148,7 +148,7 @@ class Stored:
         if self.codes == "e4m3":
             return widened(values, self.widening)
         if self.codes == "e2m1":
-            return _widened_e2m1(values)
+            return e2m1_of_bits(values)
         codes = values.astype(jnp.float32)
         if not self.zeros:
             return codes - (CODES[self.codes].zero or 0)
@@ -158,11 +158,7 @@ class Stored:
     def _scales(self, refs: Sequence[Any], place: Place) -> jax.Array:
         """float32 [rows, scales]."""
         scales = self._of_blocks(refs[1], place)
-        if not self.powers:
-            return scales.astype(jnp.float32)
-        exponent = scales.astype(jnp.uint32)
-        # the code 0, 2^-127, is subnormal in float32
-        return lax.bitcast_convert_type(jnp.where(exponent == 0, 1 << 22, exponent << 23), jnp.float32)
+        return e8m0_of_bits(scales) if self.powers else scales.astype(jnp.float32)
 
     def _of_blocks(self, ref: Any, place: Place) -> jax.Array:
         """What each block of the tile has one of: [rows, scales]. Behind the borders it is the last one's."""
@@ -245,13 +241,4 @@ def widened(values: jax.Array, widening: str) -> jax.Array:
     """The bits of finite float8_e4m3fn, uint8 -> their numbers, float32."""
     if widening == "native":
         return lax.bitcast_convert_type(values, jnp.float8_e4m3fn).astype(jnp.float32)
-    bits = values.astype(jnp.uint16)
-    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256
-
-
-def _widened_e2m1(codes: jax.Array) -> jax.Array:
-    """4-bit floats, uint8 -> float32, through the bits of a float16 of 2^-14 of the value."""
-    bits = codes.astype(jnp.uint16)
-    half = ((bits & 8) << 12) | ((bits & 7) << 9)
-    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0**14
+    return e4m3_of_bits(values)

@@ -21,6 +21,7 @@ from qwen_moe_jax.checkpoint.layout import (
     parameter_forms,
     parameter_shapes,
     stored_dtype,
+    whole_shape,
 )
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
@@ -72,6 +73,12 @@ _TABLE: dict[str, tuple[str | None, ...]] = {
     "mlp.shared_expert.up_proj.weight": ("shared_inner", None),
     "mlp.shared_expert.down_proj.weight": (None, "shared_inner"),
 }
+# Stacks of experts, and what of the shared expert lies in them where it is fused.
+_FUSED = (
+    ("experts.gate_up_proj", "shared_expert.gate_proj.weight"),
+    ("experts.gate_up_proj", "shared_expert.up_proj.weight"),
+    ("experts.down_proj", "shared_expert.down_proj.weight"),
+)
 _ANY = jnp.dtype(jnp.float32)  # where only places matter
 _ENDING = re.compile(r"(?:layers\.\d+\.)?(.*)")
 
@@ -279,7 +286,7 @@ class Layout:
         for name, stored in shapes.items():
             if is_side(name):
                 continue
-            shape = forms[name].matrix_shape(stored) if name in forms else stored
+            shape = whole_shape(name, stored, forms)
             if self.shared_expert == "fused" and ".mlp.shared_expert." in name:
                 continue
             dimensions = self.dimensions(name, len(shape))
@@ -448,14 +455,12 @@ def check_fusable(config: ModelConfig) -> None:
             "shared_expert='fused' needs a shared expert as wide as the others, and this model's are "
             f"{shared} and {routed} wide; use 'prescaled', 'outside', 'sharded' or 'auto'."
         )
-    forms = [
-        matrix_scheme(config, f"layers.{layer}.mlp.{part}")
-        for layer in range(config.num_hidden_layers)
-        for part in ("experts.gate_up_proj", "shared_expert.up_proj.weight")
-    ]
-    if forms[0::2] != forms[1::2]:
-        raise InputError(
-            "shared_expert='fused' needs a shared expert in the format of the others, and this model's are "
-            f"{forms[1] or 'not quantised'} and {forms[0] or 'not quantised'}; use 'prescaled', 'outside', "
-            "'sharded' or 'auto'."
-        )
+    for layer in range(config.num_hidden_layers):
+        for stack, part in _FUSED:
+            own, others = (matrix_scheme(config, f"layers.{layer}.mlp.{name}") for name in (part, stack))
+            if own != others:
+                raise InputError(
+                    "shared_expert='fused' needs a shared expert in the format of the others, and this "
+                    f"model's are {own or 'not quantised'} and {others or 'not quantised'}; use 'prescaled', "
+                    "'outside', 'sharded' or 'auto'."
+                )

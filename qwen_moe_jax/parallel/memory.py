@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.checkpoint.layout import formats_in_words
+from qwen_moe_jax.checkpoint.layout import held_in_words
 from qwen_moe_jax.checkpoint.parts import mtp_forms, mtp_shapes
 from qwen_moe_jax.checkpoint.targets import Target
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
@@ -141,9 +141,9 @@ def device_memory(
         choices["shared_expert"] = "outside" if choices.get("exact") else "prescaled"
     layout = Layout(config, abstract_mesh(*sizes), **choices)
     kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-    words = formats_in_words(config)
-    prefix = f"{words} and " if words else ""
-    holdings = {prefix + d.name: holding(layout, DtypePolicy(compute=d, matrix=d)) for d in kinds}
+    holdings = {
+        held_in_words(config, d.name): holding(layout, DtypePolicy(compute=d, matrix=d)) for d in kinds
+    }
     return layout_memory(layout, holdings, context, device)
 
 

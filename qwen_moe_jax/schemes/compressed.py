@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, size_of
+from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, pattern_of, size_of
 from qwen_moe_jax.schemes.scheme import CLASS, Quantization, Rule, Scheme
 
 _FORMATS = (
@@ -72,13 +72,7 @@ def _pattern(target: str) -> str:
         if target != "Linear":
             raise ConfigError(f"quantization_config targets the class {target!r}; expected 'Linear'.")
         return CLASS
-    try:
-        re.compile(target[3:])
-    except re.error as error:
-        raise ConfigError(
-            f"quantization_config has the pattern {target!r}, which is no regular expression ({error})."
-        ) from None
-    return target[3:]
+    return pattern_of(target.removeprefix("re:"))
 
 
 def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
@@ -98,20 +92,15 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
         raise ConfigError(f"quantization_config's {name} has dynamic weights; expected stored ones.")
     rows_columns = _group(name, weights, strategy)
     symmetric = weights.get("symmetric", True) is not False
+    four_bit_floats = bits == 4 and kind == "float"
     if form == "mxfp4-pack-quantized":
-        _expect(
-            name, bits == 4 and kind == "float" and rows_columns == (1, 32), "4-bit floats in groups of 32"
-        )
+        _expect(name, four_bit_floats and rows_columns == (1, 32), "4-bit floats in groups of 32")
         return Scheme("e2m1", (1, 32), "mxfp4", scale_dtype="float8_e8m0fnu")
     if form == "nvfp4-pack-quantized":
-        _expect(
-            name, bits == 4 and kind == "float" and rows_columns == (1, 16), "4-bit floats in groups of 16"
-        )
+        _expect(name, four_bit_floats and rows_columns == (1, 16), "4-bit floats in groups of 16")
         return Scheme("e2m1", (1, 16), "nvfp4", scale_dtype="float32")
     if form == "pack-quantized":
-        _expect(
-            name, bits in (4, 8) and kind == "int" and rows_columns[0] == 1, "4 or 8 bit integers by group"
-        )
+        _expect(name, kind == "int" and rows_columns[0] == 1, "4 or 8 bit integers by group")
         return Scheme(f"int{bits}", rows_columns, "packed", zeros=not symmetric)
     if kind == "int":
         _expect(name, bits == 8, "8-bit integers")

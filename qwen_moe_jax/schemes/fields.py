@@ -1,5 +1,6 @@
 """Values of config.json's `quantization_config`: of the kind that is expected, or refused in a sentence."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,21 @@ def names_of(what: str, value: Any) -> list[str]:
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"quantization_config has {what} {value!r}; expected a list of names.")
     return list(found)
+
+
+def pattern_of(text: str) -> str:
+    """A regular expression, as it is.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(
+            f"quantization_config has the pattern {text!r}, which is no regular expression ({error})."
+        ) from None
+    return text
 
 
 def size_of(what: str, value: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, size_of
+from qwen_moe_jax.schemes.fields import names_of, object_of, one_of, pattern_of, size_of
 from qwen_moe_jax.schemes.scheme import Quantization, Rule, Scheme
 
 
@@ -24,7 +24,7 @@ def read_gptq(raw: Mapping[str, Any]) -> Quantization:
     """
     rules = []
     for pattern, override in object_of("dynamic", raw.get("dynamic")).items():
-        plain = _checked(pattern.removeprefix("-:").removeprefix("+:"))
+        plain = pattern_of(pattern.removeprefix("-:").removeprefix("+:"))
         if pattern.startswith("-:"):
             rules.append(Rule((plain,), None))
         else:
@@ -57,7 +57,7 @@ def read_auto_round(raw: Mapping[str, Any]) -> Quantization:
         if re.fullmatch(r"[\w.]+", name):
             exact.append(Rule((), scheme, frozenset([name])))
         else:
-            patterns.append(Rule((f".*?(?:{_checked(name)})",), scheme))
+            patterns.append(Rule((f".*?(?:{pattern_of(name)})",), scheme))
     rules = (*exact, *patterns, *_not_converted(raw), _inside(raw, make(raw), []))
     return Quantization("auto-round", rules, json.dumps(raw, sort_keys=True))
 
@@ -84,16 +84,6 @@ def _awq_scheme(raw: Mapping[str, Any]) -> Scheme:
     one_of("version", str(raw.get("version", "gemm")).lower(), ("gemm",))
     columns = size_of("group_size", raw.get("group_size", raw.get("q_group_size", 128)))
     return Scheme("int4", (1, columns), "awq", zeros=True)
-
-
-def _checked(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"quantization_config has the pattern {pattern!r}, which is no regular expression ({error})."
-        ) from None
-    return pattern
 
 
 def _not_converted(raw: Mapping[str, Any]) -> list[Rule]:

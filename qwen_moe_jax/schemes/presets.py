@@ -1,7 +1,5 @@
 """Quantisations by name: what `quantize` writes, and what `plan` and `compile` look at without files."""
 
-import json
-
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.schemes.compressed import read_compressed
 from qwen_moe_jax.schemes.fp8 import FP8
@@ -65,7 +63,7 @@ def preset(name: str, *, experts_only: bool = False, group: int | None = None) -
         },
         "ignore": [],
     }
-    return read_compressed(json.loads(json.dumps(raw)))
+    return read_compressed(raw)
 
 
 def of_dtype(name: str) -> Quantization | None:

@@ -13,31 +13,27 @@ struct Codes;
 
 inline Floats converted(Words x) { return __builtin_convertvector((Ints)x, Floats); }
 
-template <>
-struct Codes<Type::I8> {
-  static constexpr long PARTS = 4, RUN = 4;
-  static constexpr float UNIT = 1, BIAS = 128;
+// Integers of BITS bits, side by side in a word; the uppermost one is shifted, since its bits may be the
+// sign.
+template <int BITS>
+struct IntegerCodes {
+  static constexpr long PARTS = 32 / BITS, RUN = PARTS;
+  static constexpr float UNIT = 1, BIAS = 1 << (BITS - 1);
   static Words read(Words codes) { return codes; }
   template <int N>
   static Floats part(Words codes) {
-    return converted(N == 3 ? codes >> 24 : codes & (0xffu << 8 * N % 32));
+    constexpr uint32_t MASK = (1u << BITS) - 1;
+    return converted(N == PARTS - 1 ? codes >> (32 - BITS) : codes & (MASK << BITS * N));
   }
-  static constexpr int exponent(long n) { return n == 3 ? 0 : 8 * n; }
+  static constexpr int exponent(long n) { return n == PARTS - 1 ? 0 : (int)(BITS * n); }
   static constexpr long place(long k) { return k % PARTS * LANES + k / PARTS; }
 };
 
 template <>
-struct Codes<Type::I4> {
-  static constexpr long PARTS = 8, RUN = 8;
-  static constexpr float UNIT = 1, BIAS = 8;
-  static Words read(Words codes) { return codes; }
-  template <int N>
-  static Floats part(Words codes) {
-    return converted(N == 7 ? codes >> 28 : codes & (0xfu << 4 * N));
-  }
-  static constexpr int exponent(long n) { return n == 7 ? 0 : 4 * n; }
-  static constexpr long place(long k) { return k % PARTS * LANES + k / PARTS; }
-};
+struct Codes<Type::I8> : IntegerCodes<8> {};
+
+template <>
+struct Codes<Type::I4> : IntegerCodes<4> {};
 
 template <>
 struct Codes<Type::E2M1> {
