@@ -159,7 +159,7 @@ def _assemble(target: Target, box: Box, fetch: Fetch) -> tuple[np.ndarray, list[
     copies = target.copies(box)
     host = _aligned_empty(shape, np.dtype(target.struct.dtype))
     if sum(_size(copy.place) for copy in copies) < host.size:
-        host[...] = 0
+        host.view(np.uint8)[...] = 0  # not the number: exponents (e8m0) have no zero, and would be NaN
     damaged: list[str] = []
     for copy in copies:
         out = host[copy.place][(0,) * (len(copy.place) - len(copy.box))]
