@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Slow cases of one test function from which on `--every` leaves some out.
-_SWEEP = 10
+_SWEEP = 5
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from checkpoint_cases import TIED_SEED, UNTIED_SEED, config_of, edit, expected_of, fuse_experts, reference
+from support.slow import some
 
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.checkpoint import convert
@@ -121,14 +122,17 @@ def test_fused_experts_and_tied_embeddings(seed, tmp_path):
 # the disk; the last makes the checkpoint whole.
 @pytest.mark.parametrize(
     ("event", "count", "groups"),
-    [
-        ("os.rename", 1, 0),
-        ("os.rename", 2, 0),
-        ("os.rename", 7, 2),
-        ("os.mkdir", 5, None),
-        ("open", 30, None),
-        ("os.rename", 12, 5),
-    ],
+    some(
+        [
+            ("os.rename", 1, 0),
+            ("os.rename", 2, 0),
+            ("os.rename", 7, 2),
+            ("os.mkdir", 5, None),
+            ("open", 30, None),
+            ("os.rename", 12, 5),
+        ],
+        lambda i: i in (0, 2),
+    ),
 )
 def test_a_killed_conversion_is_refused_and_goes_on(event, count, groups, source, converted, tmp_path):
     assert CONFIG.num_hidden_layers == 2

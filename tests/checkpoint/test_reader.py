@@ -192,6 +192,7 @@ print((status("VmHWM") - before) / held)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_bfloat16_into_float32_needs_no_second_copy(tmp_path):
     big = config_of(UNTIED_SEED).to_dict() | {"vocab_size": 200_000}

@@ -45,6 +45,7 @@ def fake_compiler(folder: Path, says: str, status: int) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_the_first_use_builds_with_a_message_and_the_second_does_not(fresh, capsys):
     file = build.build("plain")
     assert "building CPU kernels (plain), once" in capsys.readouterr().err
@@ -83,6 +84,7 @@ def test_a_failed_build_is_one_warning_and_plain_xla(fresh, monkeypatch, tmp_pat
     assert not list(fresh.glob("**/*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_without_a_compiler_a_model_runs_on_plain_xla(fresh, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
