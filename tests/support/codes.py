@@ -1,8 +1,8 @@
 """Quantised checkpoints in each packing, and float32 ones with the same numbers multiplied out.
 
-What compressed-tensors has, its own compressors write and multiply out. GPTQ, AWQ and Quark are written from
-their documentation: GPTQModel 7.7 (`nn_modules/qlinear`), AutoAWQ 0.2.9 (`modules/linear/gemm.py`) and Quark
-0.13's export.
+What compressed-tensors has, its own compressors write and multiply out. GPTQ, AutoRound, AWQ and Quark are
+written here, byte by byte as their libraries do: `pack_by_libraries.py` beside the tests let those pack one
+matrix.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ def codes_pair(folder: Path, seed: int, kind: Kind, sizes: dict[str, Any] | None
     for key, value in stored.items():
         module = key.removesuffix(".weight")
         if _is_codes(module, kind):
-            tensors, product = _stored(value.float(), kind)
+            tensors, product = stored_tensors(value.float(), kind)
             quantised |= {f"{module}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
             plain[key] = product.float()
         else:
@@ -142,14 +142,14 @@ def _is_codes(module: str, kind: Kind) -> bool:
     return bool(_LINEAR.match(module)) and not re.search(_NEVER, module)
 
 
-def _stored(weight: torch.Tensor, kind: Kind) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def stored_tensors(weight: torch.Tensor, kind: Kind) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(tensors of a file by their endings, the matrix that they mean)."""
     if kind.method == "compressed-tensors" or kind.method == "quark":
         tensors, product = _compressed(weight, kind)
         if kind.method == "quark":
             tensors["weight"] = tensors.pop("weight_packed")
         return tensors, product
-    codes, scales, zeros = _integers(weight, kind)
+    codes, scales, zeros = integers(weight, kind)
     columns = kind.group or weight.shape[1]
     wide = [x.repeat_interleave(columns, 1)[:, : weight.shape[1]].float() for x in (scales, zeros)]
     product = (codes.float() - wide[1]) * wide[0]
@@ -168,7 +168,7 @@ def _stored(weight: torch.Tensor, kind: Kind) -> tuple[dict[str, torch.Tensor], 
     }, product
 
 
-def _integers(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def integers(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes [out, in], scales [out, groups], zero points [out, groups])."""
     columns, half = kind.group or weight.shape[1], 2 ** (kind.bits - 1)
     groups = weight.reshape(weight.shape[0], -1, columns)
@@ -240,7 +240,7 @@ def _observed(weight: torch.Tensor, kind: Kind) -> dict[str, torch.Tensor]:
         return {"weight_scale": 2.0 ** (torch.floor(torch.log2(largest)) - 2)}
     if kind.form == "float-quantized":
         return {"weight_scale": (largest / 448).to(kind.scales)}
-    _, scales, zeros = _integers(weight, kind)
+    _, scales, zeros = integers(weight, kind)
     found = {"weight_scale": scales}
     if not kind.symmetric:
         found["weight_zero_point"] = (zeros - 2 ** (kind.bits - 1)).to(torch.int8)
