@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.codes import KINDS, Kind, integers, stored_tensors
 
-FILE = Path(__file__).with_suffix("").with_name("packed_by_libraries.safetensors")
+FILE = Path(__file__).with_name("packed_by_libraries.safetensors")
 ROWS, COLUMNS = 32, 128
 NAMES = ("gptq", "gptq with zeros", "gptq int8", "gptq stored as version 2", "auto-round", "awq", "quark")
 

@@ -50,16 +50,18 @@ def native_linear(x, w, out, variant):
 
 
 variants = pytest.mark.parametrize("variant", HERE)
+# the others are slow tests
+first_variant = pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
 FIRST = HERE[0]
 
 
-@pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+@first_variant
 def test_products_of_random_shapes(variant):
     for case in linear_cases(seed=1, count=24):
         check_linear(*case, variant)
 
 
-@pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+@first_variant
 def test_products_with_several_matrices_at_once(variant):
     rng = np.random.default_rng(14)
     for tokens in (1, 6, 50):
@@ -113,19 +115,19 @@ def test_a_convolution_and_what_follows_it(variant, shape, dtype):
     check_conv(shape, dtype, variant)
 
 
-@pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+@first_variant
 @pytest.mark.parametrize("shape", DELTA_SHAPES)
 def test_a_step_of_the_delta_rule(variant, shape):
     check_delta_step(delta_case(6, *shape), variant)
 
 
-@pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+@first_variant
 @pytest.mark.parametrize("shape", CHUNK_SHAPES)
 def test_chunks_of_the_delta_rule(variant, shape):
     check_delta_chunks(shape, variant)
 
 
-@pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+@first_variant
 def test_attention_of_random_shapes(variant):
     for given in attention_cases(seed=7, count=8):
         check_attention(given, variant)
