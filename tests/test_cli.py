@@ -260,6 +260,7 @@ def test_a_chat_in_the_terminal_goes_on_with_what_was_said(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == replies
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path):
     command = [sys.executable, "-m", "qwen_moe_jax.cli", "serve", "--model", str(ABACUS), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -275,6 +275,7 @@ def test_a_slice_between_two_codes_of_a_byte_is_refused():
         _ = layout.forms
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_that_nobody_quantised_is_read_as_it_is(tmp_path):
     """transformers does not load it, so those who quantise with it leave it; config.json does not say so."""
     folder = codes_pair(tmp_path, 7, KINDS["packed int4"]).codes

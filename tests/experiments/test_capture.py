@@ -202,6 +202,7 @@ def test_an_edit_does_what_the_same_change_does_to_the_reference(seed: int) -> N
         assert np.abs(ours - plain).max() > 20 * TOLERANCE * np.abs(plain).max(), point
 
 
+@pytest.mark.slow
 def test_generation_is_edited_in_prefill_and_in_every_step_and_captured_in_each() -> None:
     model, ids = loaded(9)
     edit = {"layers.*.shared_expert": experiments.scale(8)}

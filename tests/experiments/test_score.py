@@ -59,7 +59,8 @@ def check(scoring: QwenMoe, one: QwenMoe, seed: int) -> None:
             assert list(likely.values()) == sorted(likely.values(), reverse=True)
 
 
-@pytest.mark.parametrize("seed", [3, pytest.param(22, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3, 22])
 def test_scores_are_the_log_softmax_of_logits(seed: int) -> None:
     check(model(seed), model(seed), seed)
 

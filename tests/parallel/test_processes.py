@@ -116,6 +116,7 @@ def test_each_process_reads_only_what_its_devices_hold(tmp_path: Path) -> None:
         assert 0.5 < f["read_bytes"] / file_bytes < 0.56
 
 
+@pytest.mark.slow
 def test_the_command_runs_over_two_processes_and_the_first_one_prints() -> None:
     """Positions as flags in one and as environment variables in the other."""
     question = "Tom has 12 apples. Anna gives him 7 more. How many apples does Tom have now?"
