@@ -25,10 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
         table.native_variant = lambda: None
 
 
-# Slow cases of one test function from which on `--every` leaves some out.
-_SWEEP = 5
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Thins sweeps out, for `--every`."""
     step = int(config.getoption("--every") or 1)
@@ -38,9 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {
-        item for sweep in cases.values() if len(sweep) >= _SWEEP for i, item in enumerate(sweep) if i % step
-    }
+    left_out = {item for sweep in cases.values() for i, item in enumerate(sweep) if i % step}
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
     items[:] = [item for item in items if item not in left_out]
 
