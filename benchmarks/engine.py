@@ -87,6 +87,7 @@ class StaticBatches:
         from qwen_moe_jax.engine.plan import BORDERS
         from qwen_moe_jax.engine.rows import (
             BLOCK_STEPS,
+            MOVES,
             NO_PLACE,
             Entries,
             Roster,
@@ -95,7 +96,6 @@ class StaticBatches:
         )
         from qwen_moe_jax.engine.sampling import MOST_ENDS, RowSampling, SamplingParams
         from qwen_moe_jax.engine.shapes import chunk_spans
-        from qwen_moe_jax.engine.steps import MOVES
         from qwen_moe_jax.formats.cache import PAGE, Placement, states_of, with_states
 
         start, rows = time.perf_counter(), self.rows
@@ -168,7 +168,7 @@ def transformers_seconds(folder: Path, dtype: str, work: Work, slots: int) -> tu
     from transformers import GenerationConfig, Qwen3_5MoeForCausalLM
 
     torch.set_num_threads(os.cpu_count() or 1)
-    model = Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     try:
         model.generate_batch(
             [work.prompts[0][:32].tolist()], generation_config=GenerationConfig(max_new_tokens=2)

@@ -105,7 +105,7 @@ class Run:
         for name, check in (
             ("flash attention", kernel_checks.attention),
             ("delta step", kernel_checks.delta_step),
-            ("float8 product", kernel_checks.float8),
+            ("scaled products", kernel_checks.scaled),
         ):
             found.append((f"{name}, error", self.within(CHECK, partial(check, self.kernel_target))))
         found.append(("kernels, time", self.within(TIMES, self.kernel_times)))

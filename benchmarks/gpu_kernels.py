@@ -18,7 +18,7 @@ from qwen_moe_jax.formats.block_scaled import BlockScaled
 from qwen_moe_jax.formats.cache import PAGE
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
-from qwen_moe_jax.kernels import flash_attention, float8_matmul
+from qwen_moe_jax.kernels import flash_attention, scaled_matmul
 from qwen_moe_jax.kernels.table import AMD
 from qwen_moe_jax.model.attention import blockwise_attention
 from qwen_moe_jax.model.delta_rule import delta_rule_scan
@@ -218,7 +218,7 @@ def _float8(rehearse: bool, interpret: bool, widening: str) -> Iterator[Case]:
         yield Case(
             name="float8 product",
             size=f"{tokens} tokens, [{rows}, {columns}]",
-            kernel=lambda x, m: float8_matmul.float8_matmul(
+            kernel=lambda x, m: scaled_matmul.scaled_matmul(
                 x, m, jnp.bfloat16, widening=widening, interpret=interpret
             ),
             plain=lambda x, m: linear(x, m, jnp.bfloat16),

@@ -110,7 +110,8 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        load_here(args.folder, *args.one, args.held, args.touch)
+        expert, tensor = args.one
+        load_here(args.folder, expert, tensor, args.held, args.touch)
         return 0
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())
     cat_seconds(args.folder)
