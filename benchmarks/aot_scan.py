@@ -5,7 +5,6 @@ so do the caches; a step of the scan takes a slice of each. `python benchmarks/a
 `qwen-moe-jax toolchain`.
 """
 
-import dataclasses
 import time
 from typing import Any
 
@@ -33,7 +32,7 @@ def stacked_spec(spec: PartitionSpec) -> PartitionSpec:
 def lowered(unroll: bool) -> tuple[jax.stages.Lowered, Any]:
     """The step over stacks: one scan over groups, or the same unrolled; with its deployment."""
     whole = released_config("397b")
-    group = dataclasses.replace(whole, num_hidden_layers=4, layer_types=whole.layer_types[:4])
+    group = whole.with_layers(whole.layers[:4])
     deployment = make_deployment(
         group, DEVICES["mi355x"], expert=8, batch=64, context=32768, shared_expert="sharded"
     )

@@ -205,7 +205,7 @@ def collectives(everything: bool) -> list[str]:
     """What is sent a layer, counted in the compiled programs."""
     config = ModelConfig.from_dict(random_config(SEED))
     hidden = config.hidden_size
-    bare = dataclasses.replace(config, num_hidden_layers=0, layer_types=())  # embedding and last norm
+    bare = config.with_layers(())  # embedding and last norm
     cases = [
         Layout(config, make_mesh(*sizes), attention, mode, dispatch)
         for sizes, attention in COUNTED

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
 from qwen_moe_jax.formats.cache import empty_cache, own_rows
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.kernels.table import Kernels
@@ -149,10 +149,10 @@ def check_layout(
     found, wanted = (side.embed(p, tokens, mask) for side, p in zip(sides, ends, strict=True))
     compare("embedding", "embedding", found, wanted, mask)
     x = wanted
-    for i, kind in enumerate(tqdm(config.layer_types, desc="Checking layers", disable=not progress)):
+    for i, kind in enumerate(tqdm(config.layers, desc="Checking layers", disable=not progress)):
         layers = [side.layer(kind, reader, i) for side in sides]
         found, wanted = (layer.mixed(x, valid) for layer in layers)
-        mixer = "attention" if kind == FULL_ATTENTION else "Gated DeltaNet"
+        mixer = "attention" if kind.mixer == FULL_ATTENTION else "Gated DeltaNet"
         compare(f"layer {i}", mixer, found, wanted, mask)
         x = x + wanted
         clear = mask & (layers[1].router_margin(x) >= ROUTER_TIE)
@@ -208,11 +208,11 @@ class _Side:
         decoder = self.decoder(())
         self._embed = self.compiled(decoder, "", lambda d, tokens, valid: d.embed(tokens, valid))
         self._logits = self.compiled(decoder, "", lambda d, x: d.logits(d.finish(x)))
-        self._kinds: dict[str, dict[str, Callable[..., Any]]] = {}
+        self._kinds: dict[LayerKind, dict[str, Callable[..., Any]]] = {}
 
-    def decoder(self, layer_types: tuple[str, ...]) -> Decoder:
+    def decoder(self, kinds: tuple[LayerKind, ...]) -> Decoder:
         """The abstract decoder with other layers."""
-        config = dataclasses.replace(self.config, num_hidden_layers=len(layer_types), layer_types=layer_types)
+        config = self.config.with_layers(kinds)
         if self.layout is None:
             return whole_decoder(config, self.policy, self.kernels)[0]
         return layout_decoder(dataclasses.replace(self.layout, config=config), self.policy, self.kernels)
@@ -270,7 +270,7 @@ class _Side:
         """From the residual stream behind the last layer."""
         return np.asarray(self._logits(ends, x))
 
-    def functions(self, kind: str) -> dict[str, Callable[..., Any]]:
+    def functions(self, kind: LayerKind) -> dict[str, Callable[..., Any]]:
         """The compiled functions of a kind of layer."""
         if kind not in self._kinds:
             decoder = self.decoder((kind,))
@@ -288,7 +288,7 @@ class _Side:
             }
         return self._kinds[kind]
 
-    def layer(self, kind: str, reader: _Reader, index: int) -> "_Layer":
+    def layer(self, kind: LayerKind, reader: _Reader, index: int) -> "_Layer":
         """A layer with its weights."""
         prefix = f"layers.{index}."
         names = [name for name in parameter_shapes(reader.config) if name.startswith(prefix)]
@@ -300,7 +300,7 @@ class _Side:
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     side: _Side
-    kind: str
+    kind: LayerKind
     parameters: dict[str, jax.Array]
 
     def mixed(self, x: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -318,7 +318,7 @@ class _Layer:
 
     def _empty_cache(self, batch: int) -> Any:
         side = self.side
-        config = dataclasses.replace(side.config, num_hidden_layers=1, layer_types=(self.kind,))
+        config = side.config.with_layers((self.kind,))
         if side.layout is None:
             return empty_cache(config, batch, _CAPACITY, side.kv_dtype, side.policy.compute).layers[0]
         one = dataclasses.replace(side.layout, config=config)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from qwen_moe_jax.config import MULTIMODAL_MODEL_TYPE
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.families import find_family
 
 # What a vision_config may leave out, as transformers fills it in.
 _VISION_DEFAULTS = {
@@ -90,22 +90,30 @@ class VisionConfig:
 
 
 def describes_mtp(raw: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json says anything of multi-token prediction."""
-    return _text_of(raw).get("mtp_num_hidden_layers") is not None
+    """Whether a parsed config.json has multi-token prediction: it says so, or its model type always has."""
+    family = find_family(raw)
+    if family.mtp_layers is None:
+        return False
+    key, default = family.mtp_layers
+    return default is not None or family.text_of(raw).get(key) is not None
 
 
 def mtp_layers(raw: Mapping[str, Any]) -> int:
     """How many decoder layers multi-token prediction has, from a parsed config.json of either form.
 
     Raises:
-        ConfigError: `mtp_num_hidden_layers` is absent or no positive integer, or the part has an embedding of
-            its own.
+        ConfigError: the model type has none; the number is absent or no positive integer; or the part has an
+            embedding of its own.
     """
-    text = _text_of(raw)
-    layers = text.get("mtp_num_hidden_layers")
+    family = find_family(raw)
+    if family.mtp_layers is None:
+        raise ConfigError(f"model_type is {family.model_type!r}, which has no multi-token prediction.")
+    text = family.text_of(raw)
+    key, default = family.mtp_layers
+    layers = default if text.get(key) is None else text[key]
     if not _is_positive(layers):
         raise ConfigError(
-            f"mtp_num_hidden_layers is {layers!r}; expected the number of layers of multi-token prediction, "
+            f"{key} is {layers!r}; expected the number of layers of multi-token prediction, "
             "a positive integer, as in the config.json that the checkpoint was published with."
         )
     if text.get("mtp_use_dedicated_embeddings"):
@@ -114,11 +122,6 @@ def mtp_layers(raw: Mapping[str, Any]) -> int:
             "embedding is implemented."
         )
     return layers
-
-
-def _text_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = raw.get("text_config") if raw.get("model_type") == MULTIMODAL_MODEL_TYPE else raw
-    return text if isinstance(text, Mapping) else {}
 
 
 def _is_positive(value: Any) -> TypeGuard[int]:

@@ -15,9 +15,26 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 # One name in both, one meaning.
 SAME_NAME = [
-    field.name
-    for field in dataclasses.fields(ModelConfig)
-    if field.name not in ("rope", "layer_types", "eos_token_ids", "dtype", "quantization")
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "pad_token_id",
 ]
 
 
@@ -150,7 +167,7 @@ def test_derived_widths():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe'"),
+        ({"model_type": "qwen3"}, "'qwen3'"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": "qwen3_5_moe"}, "text_config"),
         ({"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_text"}}, "'qwen3_5_text'"),

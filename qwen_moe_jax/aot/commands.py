@@ -157,11 +157,7 @@ def _compile(options: argparse.Namespace) -> int:
             raise InputError(
                 f"--layers is {options.layers}; expected 1 to the model's {config.num_hidden_layers}."
             )
-        config = dataclasses.replace(
-            config,
-            num_hidden_layers=options.layers,
-            layer_types=config.layer_types[: options.layers],
-        )
+        config = config.with_layers(config.layers[: options.layers])
     if options.program == "verify" and not options.draft_tokens:
         raise InputError("--program verify verifies drafts; say how many with --draft-tokens.")
     choices = ("shared_expert", "expert_dispatch", "exact", "attention", "sums")

@@ -8,7 +8,6 @@ states are read twice there, and written once, is not least work and not counted
 import dataclasses
 
 from qwen_moe_jax.aot.minimum import Collective, Roofline, Work, collective_bytes, least_work, roofline
-from qwen_moe_jax.config import FULL_ATTENTION
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.model.params import DtypePolicy
@@ -95,5 +94,4 @@ def verify_collectives(
 
 def _drafter(layout: Layout) -> Layout:
     """The layout of a model whose only layer is the drafter's."""
-    config = dataclasses.replace(layout.config, num_hidden_layers=1, layer_types=(FULL_ATTENTION,))
-    return dataclasses.replace(layout, config=config)
+    return dataclasses.replace(layout, config=layout.config.with_layers((layout.config.mtp_kind,)))

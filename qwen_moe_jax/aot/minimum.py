@@ -382,20 +382,19 @@ def _held(layout: Layout, policy: DtypePolicy) -> tuple[tuple[str, tuple[int, ..
 
 
 def _each_held(layout: Layout, policy: DtypePolicy) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    kinds = list(dict.fromkeys(layout.config.layer_types))
+    kinds = list(dict.fromkeys(layout.config.layers))
     for name, target in _one_of_each_kind(layout).targets(policy).items():
         struct = target.struct
         shape = struct.sharding.shard_shape(struct.shape)
         layer = re.match(r"layers\.(\d+)\.", name)
-        times = layout.config.layer_types.count(kinds[int(layer[1])]) if layer else 1
+        times = layout.config.layers.count(kinds[int(layer[1])]) if layer else 1
         yield from [(name, shape, prod(shape) * struct.dtype.itemsize)] * times
 
 
 def _one_of_each_kind(layout: Layout) -> Layout:
     """With one layer of each kind, so that what follows of it costs little."""
-    kinds = tuple(dict.fromkeys(layout.config.layer_types))
-    config = dataclasses.replace(layout.config, num_hidden_layers=len(kinds), layer_types=kinds)
-    return dataclasses.replace(layout, config=config)
+    kinds = tuple(dict.fromkeys(layout.config.layers))
+    return dataclasses.replace(layout, config=layout.config.with_layers(kinds))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from math import prod
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.formats.codes import CODES, MatrixFormat
 from qwen_moe_jax.schemes.scheme import Quantization, Scheme
@@ -49,7 +49,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer, kind in enumerate(config.layer_types):
+    for layer, kind in enumerate(config.layers):
         shapes |= layer_shapes(config, layer, kind)
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
@@ -58,14 +58,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def layer_shapes(
-    config: ModelConfig, layer: int, kind: str, root: str = "model."
+    config: ModelConfig, layer: int, kind: LayerKind, root: str = "model."
 ) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of a decoder layer's parameters, as of `parameter_shapes`.
 
     Args:
         config: of the text model.
         layer: its index.
-        kind: as in `layer_types`.
+        kind: what it is built of.
         root: what the checkpoint's keys begin with, which the rules of a quantisation are about.
     """
     matrices = matrix_shapes(config, layer, kind)
@@ -83,12 +83,14 @@ def layer_shapes(
 def parameter_forms(config: ModelConfig) -> dict[str, MatrixFormat]:
     """Canonical name -> format of every matrix of the text model that is stored as codes."""
     found: dict[str, MatrixFormat] = {}
-    for layer, kind in enumerate(config.layer_types):
+    for layer, kind in enumerate(config.layers):
         found |= layer_forms(config, layer, kind)
     return found
 
 
-def layer_forms(config: ModelConfig, layer: int, kind: str, root: str = "model.") -> dict[str, MatrixFormat]:
+def layer_forms(
+    config: ModelConfig, layer: int, kind: LayerKind, root: str = "model."
+) -> dict[str, MatrixFormat]:
     """Canonical name -> format of a decoder layer's matrices of codes; arguments as of `layer_shapes`."""
     shapes = matrix_shapes(config, layer, kind)
     forms = {name: matrix_form(config, name, shape, root) for name, shape in shapes.items()}
@@ -135,12 +137,12 @@ def _scheme(quantization: Quantization, experts: int, name: str, root: str) -> S
     return found
 
 
-def matrix_shapes(config: ModelConfig, layer: int, kind: str) -> dict[str, tuple[int, ...]]:
+def matrix_shapes(config: ModelConfig, layer: int, kind: LayerKind) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of a decoder layer's parameters as they would be unquantised."""
     hidden = config.hidden_size
     parts = {
         "input_layernorm.weight": (hidden,),
-        **(_attention_shapes(config) if kind == FULL_ATTENTION else _delta_net_shapes(config)),
+        **(_attention_shapes(config) if kind.mixer == FULL_ATTENTION else _delta_net_shapes(config)),
         "post_attention_layernorm.weight": (hidden,),
         **_moe_shapes(config),
     }

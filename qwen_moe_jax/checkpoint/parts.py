@@ -40,7 +40,7 @@ from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.checkpoint.targets import Target, whole
 from qwen_moe_jax.checkpoint.writer import FLOATS
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
 from qwen_moe_jax.json_files import read_json_object
 from qwen_moe_jax.part_configs import VisionConfig, describes_mtp, mtp_layers
@@ -65,7 +65,7 @@ def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
         "fc.weight": (hidden, 2 * hidden),  # columns of the embedding, then of the hidden state
     }
     for layer in range(layers):
-        shapes |= layer_shapes(config, layer, FULL_ATTENTION, PART_PREFIXES["mtp"])
+        shapes |= layer_shapes(config, layer, config.mtp_kind, PART_PREFIXES["mtp"])
     return {**shapes, "norm.weight": (hidden,)}
 
 
@@ -73,7 +73,7 @@ def mtp_forms(config: ModelConfig, layers: int) -> Forms:
     """Canonical name -> format of every matrix of multi-token prediction that is stored as codes."""
     found: Forms = {}
     for layer in range(layers):
-        found |= layer_forms(config, layer, FULL_ATTENTION, PART_PREFIXES["mtp"])
+        found |= layer_forms(config, layer, config.mtp_kind, PART_PREFIXES["mtp"])
     return found
 
 

@@ -22,7 +22,7 @@ from qwen_moe_jax.checkpoint.layout import (
     whole_piece,
 )
 from qwen_moe_jax.checkpoint.packing import PACKINGS, part_of, stored_name
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.formats.codes import CODES
 from qwen_moe_jax.schemes.fp8 import BLOCK
@@ -182,7 +182,7 @@ def _matrices(config: ModelConfig, mtp_layers: int) -> Iterator[tuple[str, str]]
     for name in ["fc.weight"] if mtp_layers else []:
         yield prefix, name
     for layer in range(mtp_layers):
-        for name in layer_shapes(config, layer, FULL_ATTENTION, prefix):
+        for name in layer_shapes(config, layer, config.mtp_kind, prefix):
             if is_matrix(name):
                 yield prefix, name
 

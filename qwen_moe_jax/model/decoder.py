@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
 from qwen_moe_jax.formats.cache import (
     DeltaNetCache,
     DeltaNetInputs,
@@ -73,7 +73,7 @@ class DecoderLayer(nnx.Module):
         config: ModelConfig,
         dtypes: DtypePolicy,
         kernels: Kernels,
-        kind: str,
+        kind: LayerKind,
         ranks: Ranks,
         *,
         fused: bool,
@@ -82,7 +82,7 @@ class DecoderLayer(nnx.Module):
         self.ranks = ranks
         self.compute = dtypes.compute
         self.input_layernorm = Weight((config.hidden_size,), dtypes.vector)
-        if kind == FULL_ATTENTION:
+        if kind.mixer == FULL_ATTENTION:
             self.self_attn = GatedAttention(config, dtypes, kernels, ranks)
         else:
             self.linear_attn = GatedDeltaNet(config, dtypes, kernels, ranks)
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
         self.ranks = ranks
         self.embed_tokens = Weight((config.vocab_size, config.hidden_size), dtypes.matrix)
         self.layers = nnx.List(
-            [DecoderLayer(config, dtypes, kernels, kind, ranks, fused=fused) for kind in config.layer_types]
+            [DecoderLayer(config, dtypes, kernels, kind, ranks, fused=fused) for kind in config.layers]
         )
         self.norm = Weight((config.hidden_size,), dtypes.vector)
         if not config.tie_word_embeddings:

@@ -12,14 +12,13 @@ halves stand the other way round; the order here is the one of the published Qwe
 position of the pair (h_i, e_{i+1}) are i.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.formats.cache import HybridCache, KVCache, empty_cache
 from qwen_moe_jax.formats.codes import MatrixFormat
@@ -72,7 +71,7 @@ class MtpHead(nnx.Module):
         self.pre_fc_norm_hidden = Weight((hidden,), dtypes.vector)
         self.kernels = kernels
         self.fc = Weight((hidden, 2 * hidden), dtypes.matrix)
-        self.layers = nnx.List([DecoderLayer(config, dtypes, kernels, FULL_ATTENTION, ranks, fused=fused)])
+        self.layers = nnx.List([DecoderLayer(config, dtypes, kernels, config.mtp_kind, ranks, fused=fused)])
         self.norm = Weight((hidden,), dtypes.vector)
 
     def __call__(
@@ -133,8 +132,7 @@ class MtpHead(nnx.Module):
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache for `batch` rows of `capacity` pairs; keys and values are held like the matrices."""
-        layers = (FULL_ATTENTION,) * len(self.layers)
-        config = dataclasses.replace(self.config, layer_types=layers, num_hidden_layers=len(layers))
+        config = self.config.with_layers((self.config.mtp_kind,) * len(self.layers))
         return empty_cache(config, batch, capacity, self.dtypes.matrix, self.dtypes.compute)
 
 

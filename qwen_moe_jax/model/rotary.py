@@ -3,7 +3,7 @@
 RoPE: Su et al., arXiv:2104.09864. YaRN: Peng et al., arXiv:2309.00071, section 3. MRoPE gives every token
 three positions (temporal, height, width); Qwen3.5 interleaves them over the frequencies, so that
 frequency i follows height when i = 1 (mod 3), width when i = 2 (mod 3), each up to its section's
-length, and time elsewhere. For text the three are equal and MRoPE is plain RoPE.
+length, and time elsewhere. For text the three are equal and MRoPE is plain RoPE, which the others have.
 """
 
 import math
@@ -64,6 +64,8 @@ def _yarn(
 def position_axis(rope: RopeConfig, num_frequencies: int) -> np.ndarray:
     """Which of (0 temporal, 1 height, 2 width) each frequency follows: int32 [num_frequencies]."""
     axis = np.zeros(num_frequencies, np.int32)
+    if rope.mrope_section is None:
+        return axis
     for which in (1, 2):
         axis[which : 3 * rope.mrope_section[which] : 3] = which
     return axis

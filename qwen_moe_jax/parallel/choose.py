@@ -99,9 +99,7 @@ def measure_shared_expert(layout: Layout, compute: jnp.dtype, kernels: Kernels) 
 
 
 def _seconds(layout: Layout, compute: jnp.dtype, kernels: Kernels) -> float:
-    one_layer = dataclasses.replace(
-        layout.config, num_hidden_layers=1, layer_types=layout.config.layer_types[:1]
-    )
+    one_layer = layout.config.with_layers(layout.config.layers[:1])
     layout = dataclasses.replace(layout, config=one_layer)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     decoder = layout_decoder(layout, policy, kernels)

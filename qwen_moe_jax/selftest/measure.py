@@ -205,7 +205,7 @@ def mixture(target: str) -> Outcome:
 
 def _layer(config: ModelConfig, target: str) -> tuple[SparseMoe, dict[str, jax.ShapeDtypeStruct]]:
     """An abstract mixture of experts, and what its parameters are."""
-    one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
+    one = config.with_layers(config.layers[:1])
     compute = jnp.dtype(jnp.bfloat16)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, make_kernels(target)))
     module = abstract_decoder(one, policy, make_kernels(target)).layers[0].mlp

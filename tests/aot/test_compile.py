@@ -27,7 +27,7 @@ from qwen_moe_jax.aot.hlo import Instruction, Module
 from qwen_moe_jax.aot.programs import PROGRAMS, VERIFY, Deployment
 from qwen_moe_jax.aot.report import CompileReport, ProgramReport
 from qwen_moe_jax.aot.times import DECODING
-from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION, SPARSE, LayerKind, ModelConfig
 from qwen_moe_jax.configs import released_config
 from qwen_moe_jax.devices import DEVICES
 from qwen_moe_jax.kernels.table import Kernels
@@ -61,11 +61,9 @@ _PASS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditi
 
 def two_layers(*, float8: bool = False, dtype: str | None = None) -> ModelConfig:
     """The 397B's widths, a layer of each kind."""
-    kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
+    kinds = [LayerKind(mixer, SPARSE) for mixer in (LINEAR_ATTENTION, FULL_ATTENTION)]
     quantization = FP8 if float8 else of_dtype(dtype or "bfloat16")
-    return dataclasses.replace(
-        released_config("397b"), num_hidden_layers=2, layer_types=kinds, quantization=quantization
-    )
+    return dataclasses.replace(released_config("397b").with_layers(kinds), quantization=quantization)
 
 
 @functools.cache

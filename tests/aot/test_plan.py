@@ -23,9 +23,7 @@ from qwen_moe_jax.schemes.fp8 import FP8
 from qwen_moe_jax.schemes.presets import of_dtype
 
 # Four layers of the 397B, so that a plan takes a tenth of a second: 29 GB in bfloat16.
-SMALL = dataclasses.replace(
-    find_config("397b"), num_hidden_layers=4, layer_types=find_config("397b").layer_types[:4]
-)
+SMALL = find_config("397b").with_layers(find_config("397b").layers[:4])
 EVERYTHING = 1000  # more than there are layouts
 
 

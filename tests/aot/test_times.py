@@ -28,7 +28,7 @@ from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh
 
 FULL = find_config("397b")
-SMALL = dataclasses.replace(FULL, num_hidden_layers=4, layer_types=FULL.layer_types[:4])
+SMALL = FULL.with_layers(FULL.layers[:4])
 POLICY = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
 MI300X, MI355X = find_device("mi300x"), find_device("mi355x")
 NOTHING = Program()
