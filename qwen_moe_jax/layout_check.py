@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
-from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
+from qwen_moe_jax.config import DENSE, FULL_ATTENTION, LayerKind, ModelConfig
 from qwen_moe_jax.formats.cache import empty_cache, own_rows
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.kernels.table import Kernels
@@ -155,12 +155,15 @@ def check_layout(
         mixer = "attention" if kind.mixer == FULL_ATTENTION else "Gated DeltaNet"
         compare(f"layer {i}", mixer, found, wanted, mask)
         x = x + wanted
+        if kind.mlp == DENSE:
+            found, wanted = (layer.fed(x, mask, None) for layer in layers)
+            compare(f"layer {i}", "dense MLP", found, wanted, mask)
+            x = x + wanted
+            continue
         clear = mask & (layers[1].router_margin(x) >= ROUTER_TIE)
         ties += int((mask & ~clear).sum())
-        for branch, silent, where in (
-            ("routed experts", "shared", clear),
-            ("shared expert", "routed", mask),
-        ):
+        branches = [("routed experts", "shared", clear), ("shared expert", "routed", mask)]
+        for branch, silent, where in branches if config.shared_expert_intermediate_size else branches[:1]:
             found, wanted = (layer.fed(x, mask, silent) for layer in layers)
             compare(f"layer {i}", branch, found, wanted, where)
         x = x + layers[1].fed(x, mask, None)
@@ -325,7 +328,7 @@ class _Layer:
         return MeshForward(one, side.policy, side.kernels, {}).new_cache(batch, _CAPACITY).layers[0]
 
     def fed(self, x: np.ndarray, valid: np.ndarray, silent: str | None) -> np.ndarray:
-        """What the mixture of experts adds, the last token by itself, with a silent branch."""
+        """What the MLP adds, the last token by itself, with a silent branch."""
         parameters = self.parameters if silent is None else self._silenced(silent)
         feed = self.side.functions(self.kind)["feed"]
         parts = [(x[:, :PROMPT], valid[:, :PROMPT]), (x[:, PROMPT:], valid[:, PROMPT:])]
@@ -334,7 +337,10 @@ class _Layer:
     def _silenced(self, branch: str) -> dict[str, jax.Array]:
         """The parameters with the last matrix of a branch, "routed" or "shared", at zero."""
         stack, shared = "mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight"
-        fused = shared not in self.parameters
+        has_shared = self.side.config.shared_expert_intermediate_size > 0
+        fused = has_shared and shared not in self.parameters
+        if branch == "shared" and not has_shared:
+            return self.parameters
         if fused or branch == "routed":
             value = self.parameters[stack]
             slots = 1 if self.side.layout is None else self.side.layout.splits["expert"].local_size

@@ -24,7 +24,7 @@ from qwen_moe_jax.engine.drafting import check_drafts
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.model.params import DtypePolicy
-from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.layout import Layout, frugal_mode
 from qwen_moe_jax.parallel.memory import holding
 from qwen_moe_jax.parallel.mesh import make_mesh
 from qwen_moe_jax.schemes.presets import dtype_of
@@ -77,7 +77,7 @@ def make_deployment(
         raise InputError(f"mean_context is {mean_context}; expected 1 to the context's {context} tokens.")
     check_drafts(draft_tokens)
     if choices.get("shared_expert") == "auto":
-        choices["shared_expert"] = "outside" if choices.get("exact") else "sharded"
+        choices["shared_expert"] = frugal_mode(config, exact=bool(choices.get("exact")))
     count = data * expert * tensor
     if count % hosts:
         raise InputError(f"{count} devices cannot be divided among {hosts} hosts.")

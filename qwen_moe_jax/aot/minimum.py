@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
 from qwen_moe_jax.checkpoint.layout import is_matrix, is_side, whole_shape
-from qwen_moe_jax.config import FULL_ATTENTION, LINEAR_ATTENTION
+from qwen_moe_jax.config import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, SPARSE
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.model.params import DtypePolicy
@@ -187,7 +187,7 @@ class _Share:
         else:
             shared = mixed
         held = min(layout.splits["expert"].sections[0].held, config.num_experts)
-        slots = group * config.num_experts_per_tok * held / config.num_experts
+        slots = group * config.num_experts_per_tok * held / max(1, config.num_experts)
         return cls(rows, own, group, mixed, shared, slots, held)
 
 
@@ -197,7 +197,7 @@ def expected_experts(held: int, experts: int, top_k: int, tokens: int) -> float:
     Each token chooses top_k different ones of all experts evenly, and so passes over a given one with
     probability 1 - top_k / experts, independently of the others.
     """
-    return held * (1 - (1 - top_k / experts) ** tokens)
+    return held * (1 - (1 - top_k / experts) ** tokens) if experts else 0
 
 
 def least_work(layout: Layout, policy: DtypePolicy, *, batch: int, tokens: int, context: int) -> Work:
@@ -260,16 +260,20 @@ def collective_bytes(
     """
     _check_sizes(batch=(batch, 1), tokens=(tokens, 1))
     share = _Share.of(layout, batch, tokens)
-    heads, layers = layout.ranks_along(layout.head_axes), layout.config.num_hidden_layers
+    heads, kinds = layout.ranks_along(layout.head_axes), layout.config.mlp_types
     stream = share.own * layout.config.hidden_size * layout.sum_dtype(policy.compute).itemsize
     logits = share.rows * layout.splits["vocab"].size * policy.compute.itemsize
-    a_layer = [Collective("all-reduce", "heads", 1, heads, stream), *_mixture(layout, policy, share)]
     found = [
         Collective("all-reduce", "embedding", 1, heads, stream),
-        *(dataclasses.replace(each, count=layers) for each in a_layer),
+        Collective("all-reduce", "heads", len(kinds), heads, stream),
+        *(
+            dataclasses.replace(each, count=kinds.count(SPARSE))
+            for each in (_mixture(layout, policy, share) if SPARSE in kinds else ())
+        ),
+        Collective("all-reduce", "dense MLP", kinds.count(DENSE), heads, stream),
         Collective("all-gather", "logits", 1, heads, logits),
     ]
-    return tuple(each for each in found if each.ranks > 1)
+    return tuple(each for each in found if each.ranks > 1 and each.count)
 
 
 def _mixture(layout: Layout, policy: DtypePolicy, share: _Share) -> list[Collective]:
@@ -340,7 +344,7 @@ def _bytes(layout: Layout, policy: DtypePolicy, share: _Share, tokens: int, cont
             found["lm_head"] += size if config.tie_word_embeddings else 0
         else:
             found[_component(name)] += size
-    held = holding(_one_of_each_kind(layout), policy)
+    held = holding(_one_of_each_mixer(layout), policy)
     full, linear = map(config.layer_types.count, (FULL_ATTENTION, LINEAR_ATTENTION))
     found["keys and values"] += full * share.rows * (context + tokens) * held.kv_per_token
     found["recurrent state"] += linear * share.rows * 2 * held.state  # read and written
@@ -395,6 +399,12 @@ def _one_of_each_kind(layout: Layout) -> Layout:
     """With one layer of each kind, so that what follows of it costs little."""
     kinds = tuple(dict.fromkeys(layout.config.layers))
     return dataclasses.replace(layout, config=layout.config.with_layers(kinds))
+
+
+def _one_of_each_mixer(layout: Layout) -> Layout:
+    """With one layer of each token mixer, which is what caches are of."""
+    kinds = {kind.mixer: kind for kind in layout.config.layers}
+    return dataclasses.replace(layout, config=layout.config.with_layers(tuple(kinds.values())))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -23,7 +23,7 @@ from qwen_moe_jax.devices import Device
 from qwen_moe_jax.engine.drafting import check_drafts
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.model.params import DtypePolicy
-from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.layout import Layout, frugal_mode
 from qwen_moe_jax.parallel.memory import USABLE, holding
 from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, abstract_mesh
 from qwen_moe_jax.schemes.presets import DTYPES, dtype_of, of_dtype
@@ -229,7 +229,7 @@ def plan(
     batch: int,
     context: int,
     dtype: str | None = None,
-    shared_expert: str = "sharded",
+    shared_expert: str = "auto",
     draft_tokens: int = 0,
     top: int = 5,
     curve: bool = False,
@@ -247,7 +247,7 @@ def plan(
         context: tokens of each row, with the one that a step gives; caches have room for exactly those.
         dtype: of the layers' matrices, a key of `schemes.presets.DTYPES`; None means as the configuration
             says.
-        shared_expert: as of `Layout`. "sharded" reads and holds the least.
+        shared_expert: as of `Layout`, but "auto" is "sharded", which reads and holds the least.
         draft_tokens: with multi-token prediction of one layer, and estimates of 1 to so many drafts a step.
         top: how many layouts that fit, and how many that do not, are given.
         curve: model times with latencies, and give tokens a second and GPU against those a user gets,
@@ -275,7 +275,8 @@ def plan(
     if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < context:
         raise InputError(f"prompt is {prompt!r}; expected 0 to fewer than the context's {context} tokens.")
     assumptions = assumptions_for(device).changed(assume or {}) if curve else None
-    layouts = list(_layouts(config, count, shared_expert))
+    mode = frugal_mode(config) if shared_expert == "auto" else shared_expert
+    layouts = list(_layouts(config, count, mode))
     options = [_option(layout, device, batch, context, drafter=bool(draft_tokens)) for layout in layouts]
     fitting = [option for option in options if option.fits]
     # sorting is stable, and simpler layouts come first
@@ -334,10 +335,13 @@ def _layouts(config: ModelConfig, count: int, shared_expert: str) -> Iterator[La
         # one rank with all experts exchanges nothing, and has no other ranks to be anything to attention
         choices = [("tensor", "psum")]
         if expert > 1:
-            choices += [("data", "psum"), ("tensor", "all_to_all"), ("data", "all_to_all")]
+            choices += [("data", "psum")]
+        if expert > 1 and config.num_experts:
+            choices += [("tensor", "all_to_all"), ("data", "all_to_all")]
         for attention, dispatch in choices:
             layout = Layout(config, mesh, attention, shared_expert, dispatch, ragged=True)
-            if all(_all_hold_some(layout, axis) for axis in ("expert", "inner")):
+            axes = ("expert", "inner") if config.num_experts else ("dense_inner",)
+            if all(_all_hold_some(layout, axis) for axis in axes):
                 yield layout
 
 

@@ -62,7 +62,8 @@ class Program:
         config = layout.config
         linear, full = map(config.layer_types.count, (LINEAR_ATTENTION, FULL_ATTENTION))
         slots = -(-batch // layout.mesh.shape[DATA]) * tokens * config.num_experts_per_tok
-        few = _TABLE.pick("experts", "bfloat16", slots / config.num_experts) == "pallas_gathered"
+        amount = slots / config.num_experts if config.num_experts else 0
+        few = amount > 0 and _TABLE.pick("experts", "bfloat16", amount) == "pallas_gathered"
         a_layer = -self.gathered if few else 0
         turns = self.turn * -(-tokens // _DELTA_CHUNK)
         found = linear * (self.linear + turns + a_layer) + full * (self.full + a_layer)

@@ -92,6 +92,7 @@ PARTS = (
     "router",
     "experts",
     "shared_expert",
+    "dense_mlp",
     "lm_head",
     "sampling",
 )

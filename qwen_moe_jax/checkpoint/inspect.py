@@ -24,7 +24,7 @@ from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.reader import match_tensors
 from qwen_moe_jax.checkpoint.safetensors_files import READABLE_DTYPES, stored_tensors
 from qwen_moe_jax.checkpoint.stored_config import read_config
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import DENSE, FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.errors import InputError
 
 # Component -> how its parameters' names are recognised; the first that fits.
@@ -35,6 +35,7 @@ _COMPONENTS = (
     ("router", ".mlp.gate."),
     ("routed experts", ".mlp.experts."),
     ("shared expert", ".mlp.shared_expert"),  # with its gate
+    ("dense MLP", ".mlp."),
     ("norms", "norm."),
     ("lm_head", "lm_head."),
 )
@@ -81,22 +82,32 @@ class CheckpointSummary:
     def architecture_lines(self) -> list[str]:
         """What the model is built of."""
         c = self.config
-        full = c.layer_types.count(FULL_ATTENTION)
         embedding = "tied to lm_head" if c.tie_word_embeddings else "not tied to lm_head"
-        return [
-            f"{self.folder}: Qwen3.5 MoE text model",
-            f"  layers           {c.num_hidden_layers} of width {c.hidden_size}: "
-            f"{c.num_hidden_layers - full} Gated DeltaNet, {full} full attention",
+        delta_net = (
             f"  Gated DeltaNet   {c.linear_num_key_heads} key heads of {c.linear_key_head_dim}, "
             f"{c.linear_num_value_heads} value heads of {c.linear_value_head_dim}, "
-            f"convolution over {c.linear_conv_kernel_dim} tokens",
+            f"convolution over {c.linear_conv_kernel_dim} tokens"
+        )
+        return [
+            f"{self.folder}: {c.family.title} text model",
+            f"  layers           {c.num_hidden_layers} of width {c.hidden_size}: {layers_in_words(c)}",
+            *([delta_net] if c.linear_num_key_heads else []),
             f"  attention        {c.num_attention_heads} query heads, {c.num_key_value_heads} key/value "
             f"heads of {c.head_dim}, {c.rotary_dim} rotated ({c.rope.kind}, theta {c.rope.theta:g})",
-            f"  experts          {c.num_experts} of width {c.moe_intermediate_size}, "
-            f"top-{c.num_experts_per_tok}, and a shared one of width {c.shared_expert_intermediate_size}",
+            *self._mlp_lines(),
             f"  vocabulary       {c.vocab_size}, embedding {embedding}",
             f"  context          {c.max_position_embeddings} tokens",
         ]
+
+    def _mlp_lines(self) -> list[str]:
+        c = self.config
+        shared = f", and a shared one of width {c.shared_expert_intermediate_size}"
+        experts = (
+            f"  experts          {c.num_experts} of width {c.moe_intermediate_size}, "
+            f"top-{c.num_experts_per_tok}{shared if c.shared_expert_intermediate_size else ''}"
+        )
+        dense = f"  dense MLP        of width {c.intermediate_size}, in {c.mlp_types.count(DENSE)} layers"
+        return [*([experts] if c.num_experts else []), *([dense] if DENSE in c.mlp_types else [])]
 
     def parameter_lines(self) -> list[str]:
         """A table of parameters by component."""
@@ -130,8 +141,11 @@ class CheckpointSummary:
             f"{size_in_words(self.context * n + fixed[dtype])} in {dtype}"
             for dtype, n in self.kv_bytes_per_token.items()
         )
+        lines = [f"a token            {kv} of keys and values"]
+        if not self.state_bytes:
+            return [*lines, f"  {self.context} of them: {sequence}"]
         return [
-            f"a token            {kv} of keys and values",
+            *lines,
             f"a sequence         {size_in_words(self.state_bytes)} of recurrent state in float32, "
             f"convolution {conv}",
             f"  of {self.context} tokens: {sequence}",
@@ -184,6 +198,13 @@ def inspect_checkpoint(folder: str | Path, *, context: int | None = None) -> Che
         conv_bytes={dtype: conv * size for dtype, size in itemsizes.items()},
         context=config.max_position_embeddings if context is None else context,
     )
+
+
+def layers_in_words(config: ModelConfig) -> str:
+    """How many there are of each token mixer."""
+    full = config.layer_types.count(FULL_ATTENTION)
+    linear = f"{config.num_hidden_layers - full} Gated DeltaNet, " if config.linear_num_key_heads else ""
+    return f"{linear}{full} full attention"
 
 
 def by_component(counts: Mapping[str, int]) -> dict[str, int]:

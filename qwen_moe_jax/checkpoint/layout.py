@@ -16,7 +16,7 @@ from math import prod
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, LayerKind, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.formats.codes import CODES, MatrixFormat
 from qwen_moe_jax.schemes.scheme import Quantization, Scheme
@@ -32,7 +32,7 @@ PART_PREFIXES = {"visual": "model.visual.", "mtp": "mtp."}
 _SCALE, _ZERO = "_scale_inv", "_zero_point"
 
 # Small, and read in float32: everything else is a matrix of a product or a lookup table.
-_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", _SCALE, _ZERO)
+_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", ".bias", _SCALE, _ZERO)
 
 # Matrices that are never codes: those that decide between experts, and of one row.
 _NEVER_CODES = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
@@ -144,21 +144,23 @@ def matrix_shapes(config: ModelConfig, layer: int, kind: LayerKind) -> dict[str,
         "input_layernorm.weight": (hidden,),
         **(_attention_shapes(config) if kind.mixer == FULL_ATTENTION else _delta_net_shapes(config)),
         "post_attention_layernorm.weight": (hidden,),
-        **_moe_shapes(config),
+        **(_moe_shapes(config) if kind.mlp == SPARSE else _mlp_shapes(config)),
     }
     return {f"layers.{layer}.{part}": shape for part, shape in parts.items()}
 
 
 def _attention_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return {
-        "self_attn.q_proj.weight": (2 * queries, c.hidden_size),  # per head: query, then output gate
-        "self_attn.k_proj.weight": (keys, c.hidden_size),
-        "self_attn.v_proj.weight": (keys, c.hidden_size),
-        "self_attn.q_norm.weight": (c.head_dim,),
-        "self_attn.k_norm.weight": (c.head_dim,),
-        "self_attn.o_proj.weight": (c.hidden_size, queries),
-    }
+    # with an output gate per head: query, then gate
+    rows = {"q_proj": queries * (2 if c.attn_output_gate else 1), "k_proj": keys, "v_proj": keys}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, size in rows.items():
+        shapes[f"self_attn.{name}.weight"] = (size, c.hidden_size)
+        if c.qkv_bias:
+            shapes[f"self_attn.{name}.bias"] = (size,)
+    if c.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
+    return {**shapes, "self_attn.o_proj.weight": (c.hidden_size, queries)}
 
 
 def _delta_net_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -178,14 +180,26 @@ def _delta_net_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _moe_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     experts, routed, shared = c.num_experts, c.moe_intermediate_size, c.shared_expert_intermediate_size
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "mlp.gate.weight": (experts, c.hidden_size),  # the router
         "mlp.experts.gate_up_proj": (experts, 2 * routed, c.hidden_size),
         "mlp.experts.down_proj": (experts, c.hidden_size, routed),
-        "mlp.shared_expert.gate_proj.weight": (shared, c.hidden_size),
-        "mlp.shared_expert.up_proj.weight": (shared, c.hidden_size),
-        "mlp.shared_expert.down_proj.weight": (c.hidden_size, shared),
-        "mlp.shared_expert_gate.weight": (1, c.hidden_size),
+    }
+    if shared:
+        shapes |= _swiglu_shapes("mlp.shared_expert.", shared, c.hidden_size)
+        shapes["mlp.shared_expert_gate.weight"] = (1, c.hidden_size)
+    return shapes
+
+
+def _mlp_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return _swiglu_shapes("mlp.", c.intermediate_size, c.hidden_size)
+
+
+def _swiglu_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}gate_proj.weight": (inner, hidden),
+        f"{prefix}up_proj.weight": (inner, hidden),
+        f"{prefix}down_proj.weight": (hidden, inner),
     }
 
 
@@ -202,7 +216,7 @@ def canonical_name(hf_key: str) -> str | None:
 
 
 def hf_key(name: str) -> str:
-    """The key of a canonical name in a text-only checkpoint (`Qwen3_5MoeForCausalLM`)."""
+    """The key of a canonical name in a text-only checkpoint."""
     return name if name == _LM_HEAD else _TEXT_PREFIX + name
 
 

@@ -13,7 +13,7 @@ from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
-from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.layout import NO_SHARED_EXPERT, Layout
 from qwen_moe_jax.parallel.memory import DeviceMemory, holding, layout_memory
 from qwen_moe_jax.parallel.mesh import abstract_mesh
 
@@ -82,7 +82,8 @@ def describe_model(
     """
     found = None if device is None else find_device(device)
     summary = inspect_checkpoint(folder, context=context)
-    layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert="outside")
+    mode = "outside" if config.shared_expert_intermediate_size else NO_SHARED_EXPERT
+    layout = layout or Layout(config, abstract_mesh(1, 1, 1), shared_expert=mode)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     held = policy.matrix.name
     if words := formats_in_words(config):

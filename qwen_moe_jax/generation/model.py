@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from qwen_moe_jax.checkpoint.inspect import layers_in_words
 from qwen_moe_jax.checkpoint.layout import (
     count_parameters,
     held_in_words,
@@ -19,7 +20,7 @@ from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import holds_part, mtp_forms, mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.stored_config import read_config
 from qwen_moe_jax.checkpoint.writer import write_safetensors
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import SPARSE, ModelConfig
 from qwen_moe_jax.engine.drafting import check_drafts, default_drafts
 from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.engine.scoring import Scorer
@@ -187,21 +188,16 @@ class LoadedModel:
         return f"<table>{rows}</table>"
 
     def _card(self) -> list[tuple[str, str]]:
-        config, kinds = self.config, self.config.layer_types
-        full = kinds.count(FULL_ATTENTION)
+        config = self.config
+        sparse = config.mlp_types.count(SPARSE)
+        where = "each layer" if sparse == len(config.layers) else f"{sparse} layers"
+        shared = ", and a shared one" if config.shared_expert_intermediate_size else ""
+        experts = f"{config.num_experts}, {config.num_experts_per_tok} a token{shared}, in {where}"
         count = count_parameters(parameter_shapes(config), parameter_forms(config))
         lines = [
             ("QwenMoe", self.folder.name),
-            (
-                "layers",
-                f"{len(kinds)} of width {config.hidden_size}: {len(kinds) - full} Gated DeltaNet, {full} "
-                "full attention",
-            ),
-            (
-                "experts",
-                f"{config.num_experts}, {config.num_experts_per_tok} a token, and a shared one, in "
-                f"each layer",
-            ),
+            ("layers", f"{len(config.layers)} of width {config.hidden_size}: {layers_in_words(config)}"),
+            *([("experts", experts)] if sparse else []),
             ("parameters", f"{count:,} in {held_in_words(config, self.dtype.name)}"),
             ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
             ("on", str(self.layout) if self.layout else f"one device ({self.kernels.target})"),

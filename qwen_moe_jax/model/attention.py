@@ -1,8 +1,12 @@
-"""Gated full attention: grouped queries, q/k norm, partial rotary, KV cache, sigmoid output gate.
+"""Full attention: grouped queries, rotary positions, KV cache.
+
+By model with biases, q/k norm and a sigmoid output gate.
 
 Scores exist for one block of keys at a time (online softmax: Milakov & Gimelshein, arXiv:1805.02867;
 FlashAttention, arXiv:2205.14135), so memory grows with queries x block, not with queries x context.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,7 @@ from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.kernels.varying import vary_like
 from qwen_moe_jax.model.linear import linears
 from qwen_moe_jax.model.norms import rms_norm
-from qwen_moe_jax.model.params import DtypePolicy, Weight
+from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.rotary import apply_rotary
 from qwen_moe_jax.model.taps import NO_TAPS, Taps
@@ -159,8 +163,17 @@ def append_keys(
     )
 
 
-class GatedAttention(nnx.Module):
-    """Parameters of one full-attention layer; `q_proj` rows are, per head, [query | gate].
+class _Projection(Weight):
+    """A matrix, with a bias where the model has one."""
+
+    def __init__(self, shape: tuple[int, int], dtypes: DtypePolicy, *, biased: bool):
+        super().__init__(shape, dtypes.matrix)
+        if biased:
+            self.bias = declare(shape[:1], dtypes.vector)
+
+
+class Attention(nnx.Module):
+    """Parameters of one full-attention layer; with an output gate `q_proj` rows are [query | gate] per head.
 
     How many heads there are is read from the parameters: a rank may hold some of them.
     """
@@ -170,12 +183,17 @@ class GatedAttention(nnx.Module):
         self.kernels = kernels
         self.ranks = ranks
         hidden, dim = config.hidden_size, config.head_dim
-        self.q_proj = Weight((config.num_attention_heads * 2 * dim, hidden), dtypes.matrix)
-        self.k_proj = Weight((config.num_key_value_heads * dim, hidden), dtypes.matrix)
-        self.v_proj = Weight((config.num_key_value_heads * dim, hidden), dtypes.matrix)
+        queries = config.num_attention_heads * dim * (2 if config.attn_output_gate else 1)
+        keys = config.num_key_value_heads * dim
+
+        def projection(rows: int) -> _Projection:
+            return _Projection((rows, hidden), dtypes, biased=config.qkv_bias)
+
+        self.q_proj, self.k_proj, self.v_proj = projection(queries), projection(keys), projection(keys)
         self.o_proj = Weight((hidden, config.num_attention_heads * dim), dtypes.matrix)
-        self.q_norm = Weight((dim,), dtypes.vector)
-        self.k_norm = Weight((dim,), dtypes.vector)
+        if config.qk_norm:
+            self.q_norm = Weight((dim,), dtypes.vector)
+            self.k_norm = Weight((dim,), dtypes.vector)
 
     def __call__(
         self,
@@ -203,16 +221,12 @@ class GatedAttention(nnx.Module):
             valid tokens).
         """
         batch, seq, _ = x.shape
-        dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        products = linears(x, [held.matrix() for held in projections], kernels=self.kernels)
-        queries, key, value = (
-            product.reshape(batch, seq, -1, width)
-            for product, width in zip(products, (2 * dim, dim, dim), strict=True)
-        )
-        query, gate = jnp.split(queries, 2, axis=-1)
-        query = apply_rotary(rms_norm(query, self.q_norm.weight[...], eps), *rotary)
-        key = apply_rotary(rms_norm(key, self.k_norm.weight[...], eps), *rotary)
+        query, key, value = self._projected(x, (self.q_proj, self.k_proj, self.v_proj))
+        gate = None
+        if self.config.attn_output_gate:
+            query, gate = jnp.split(query.reshape(batch, seq, -1, 2 * self.config.head_dim), 2, axis=-1)
+        query = apply_rotary(self._normed(query, "q_norm"), *rotary)
+        key = apply_rotary(self._normed(key, "k_norm"), *rotary)
         query, key, value = taps("queries", query), taps("keys", key), taps("values", value)
 
         places = self._places(valid, positions, tables, cache)
@@ -242,7 +256,8 @@ class GatedAttention(nnx.Module):
                 mixed = blockwise_attention(query, cache.k, cache.v, seen, tables)
         if taps.captures("attention"):
             taps.keep("attention", attention_weights(query, cache.k, seen, tables))
-        mixed = (mixed * jax.nn.sigmoid(gate)).reshape(batch, seq, -1)
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+        mixed = mixed.reshape(batch, seq, -1)
         return self.ranks.head_product(mixed, self.o_proj.matrix(), self.kernels), cache
 
     def remember(
@@ -255,14 +270,31 @@ class GatedAttention(nnx.Module):
         cache: KVCache,
     ) -> KVCache:
         """The cache that `__call__` gives, without what its queries read."""
-        batch, seq, _ = x.shape
-        products = linears(x, [held.matrix() for held in (self.k_proj, self.v_proj)], kernels=self.kernels)
-        key, value = (product.reshape(batch, seq, -1, self.config.head_dim) for product in products)
-        key = apply_rotary(rms_norm(key, self.k_norm.weight[...], self.config.rms_norm_eps), *rotary)
+        key, value = self._projected(x, (self.k_proj, self.v_proj))
+        key = apply_rotary(self._normed(key, "k_norm"), *rotary)
         places = self._places(valid, positions, tables, cache)
-        if self.kernels.pick("attention", x.dtype.name, seq) == "native":
+        if self.kernels.pick("attention", x.dtype.name, x.shape[1]) == "native":
             return native_append(key, value, places, tables, cache, self.kernels.variant)
         return append_keys(cache, key, value, places, tables)
+
+    def _projected(self, x: jax.Array, projections: Sequence[_Projection]) -> list[jax.Array]:
+        """Products of x [batch, seq, hidden], each [batch, seq, heads, head_dim] in x.dtype, biases added."""
+        biased = self.config.qkv_bias
+        # a bias is added before the product is rounded, as one operation does it
+        wide = jnp.promote_types(x.dtype, jnp.float32) if biased else None
+        matrices = [held.matrix() for held in projections]
+        products = linears(x, matrices, [wide] * len(matrices), kernels=self.kernels)
+        if biased:
+            pairs = zip(products, projections, strict=True)
+            products = [(product + held.bias[...]).astype(x.dtype) for product, held in pairs]
+        return [product.reshape(*x.shape[:2], -1, self.config.head_dim) for product in products]
+
+    def _normed(self, heads: jax.Array, norm: str) -> jax.Array:
+        """[batch, seq, heads, head_dim] behind `q_norm` or `k_norm`, where the model has them."""
+        c = self.config
+        if not c.qk_norm:
+            return heads
+        return rms_norm(heads, getattr(self, norm).weight[...], c.rms_norm_eps, c.norm_offset)
 
     def _places(self, valid: jax.Array, positions: jax.Array, tables: jax.Array, cache: KVCache) -> jax.Array:
         """Where keys go: to their positions, and a pad's nowhere."""

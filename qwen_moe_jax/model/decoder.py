@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.config import FULL_ATTENTION, LayerKind, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, LayerKind, ModelConfig
 from qwen_moe_jax.formats.cache import (
     DeltaNetCache,
     DeltaNetInputs,
@@ -20,8 +20,9 @@ from qwen_moe_jax.formats.cache import (
 )
 from qwen_moe_jax.formats.codes import MatrixFormat
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.attention import GatedAttention
+from qwen_moe_jax.model.attention import Attention
 from qwen_moe_jax.model.delta_net import GatedDeltaNet
+from qwen_moe_jax.model.dense import DenseMlp
 from qwen_moe_jax.model.linear import linear
 from qwen_moe_jax.model.moe import SparseMoe
 from qwen_moe_jax.model.norms import rms_norm
@@ -66,7 +67,7 @@ def step_after(
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm residual block: token mixer, then mixture of experts."""
+    """Pre-norm residual block: token mixer, then MLP, of the kinds that `kind` names."""
 
     def __init__(
         self,
@@ -78,21 +79,26 @@ class DecoderLayer(nnx.Module):
         *,
         fused: bool,
     ):
-        self.eps = config.rms_norm_eps
+        self.config = config
         self.ranks = ranks
         self.compute = dtypes.compute
         self.input_layernorm = Weight((config.hidden_size,), dtypes.vector)
         if kind.mixer == FULL_ATTENTION:
-            self.self_attn = GatedAttention(config, dtypes, kernels, ranks)
+            self.self_attn = Attention(config, dtypes, kernels, ranks)
         else:
             self.linear_attn = GatedDeltaNet(config, dtypes, kernels, ranks)
         self.post_attention_layernorm = Weight((config.hidden_size,), dtypes.vector)
-        self.mlp = SparseMoe(config, dtypes, kernels, ranks, fused=fused)
+        self.point = "moe" if kind.mlp == SPARSE else "mlp"
+        self.mlp = (
+            SparseMoe(config, dtypes, kernels, ranks, fused=fused)
+            if kind.mlp == SPARSE
+            else DenseMlp(config, dtypes, kernels, ranks)
+        )
 
     def mix(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """What attention or Gated DeltaNet adds to the residual stream x, and the cache after it."""
         with jax.named_scope("gated_attention" if isinstance(cache, KVCache) else "gated_delta_net"):
-            normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+            normed = self._normed(x, self.input_layernorm)
             if isinstance(cache, KVCache):
                 part, cache = self.self_attn(
                     normed, step.valid, step.positions, step.rotary, step.rows.tables, cache, step.taps
@@ -108,7 +114,7 @@ class DecoderLayer(nnx.Module):
             assert isinstance(looked, KVCache)
         else:
             with jax.named_scope("gated_delta_net"):
-                normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+                normed = self._normed(x, self.input_layernorm)
                 part, looked = self.linear_attn.look(normed, step.valid, step.rows.slots, cache)
                 mixed = self.ranks.sum_heads(part)
         x = x + mixed
@@ -117,21 +123,24 @@ class DecoderLayer(nnx.Module):
     def remember(self, x: jax.Array, step: Step, cache: KVCache) -> KVCache:
         """The cache after an attention layer, without what its queries read."""
         with jax.named_scope("gated_attention"):
-            normed = rms_norm(x, self.input_layernorm.weight[...], self.eps).astype(self.compute)
+            normed = self._normed(x, self.input_layernorm)
             return self.self_attn.remember(
                 normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
             )
 
     def feed(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """What the mixture of experts adds to the residual stream x."""
-        return taps("moe", self.mlp(self._normed_for_experts(x), valid, taps))
+        """What the MLP adds to the residual stream x."""
+        return taps(self.point, self.mlp(self._normed(x, self.post_attention_layernorm), valid, taps))
 
     def router_logits(self, x: jax.Array) -> jax.Array:
-        """By which the mixture of experts chooses, float32 [batch, seq, experts]."""
-        return self.mlp.router_logits(self._normed_for_experts(x))
+        """By which a layer with a mixture of experts chooses, float32 [batch, seq, experts]."""
+        assert isinstance(self.mlp, SparseMoe)
+        return self.mlp.router_logits(self._normed(x, self.post_attention_layernorm))
 
-    def _normed_for_experts(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.post_attention_layernorm.weight[...], self.eps).astype(self.compute)
+    def _normed(self, x: jax.Array, norm: Weight) -> jax.Array:
+        """[batch, seq, hidden] in the compute dtype."""
+        c = self.config
+        return rms_norm(x, norm.weight[...], c.rms_norm_eps, c.norm_offset).astype(self.compute)
 
     def __call__(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
@@ -273,7 +282,8 @@ class Decoder(nnx.Module):
 
     def finish(self, x: jax.Array) -> jax.Array:
         """The residual stream behind the last layer -> hidden states, in the compute dtype."""
-        return rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
+        c = self.config
+        return rms_norm(x, self.norm.weight[...], c.rms_norm_eps, c.norm_offset).astype(self.dtypes.compute)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab], rounded to the compute dtype first."""

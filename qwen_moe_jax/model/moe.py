@@ -2,8 +2,8 @@
 
     y = sum over the top-k experts e of p_e * MLP_e(x)  +  sigmoid(x . w_g) * MLP_shared(x)
 
-with p the softmax over all experts, renormalised over the chosen ones (Qwen3-Next; DeepSeekMoE,
-arXiv:2401.06066, for the shared expert).
+with p the softmax over all experts, where the model says so renormalised over the chosen ones; not every
+model has a shared expert (DeepSeekMoE, arXiv:2401.06066).
 """
 
 import jax
@@ -21,20 +21,22 @@ from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.taps import NO_TAPS, Routing, Taps
 
 
-def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Top-k routing with renormalised probabilities.
+def route(logits: jax.Array, top_k: int, *, renormalise: bool) -> tuple[jax.Array, jax.Array]:
+    """Top-k routing.
 
     Args:
         logits: [tokens, experts], any float dtype.
         top_k: experts a token.
+        renormalise: the weights of a token sum to one; otherwise they are probabilities over all experts.
 
     Returns:
-        (expert_ids int32 [tokens, top_k], weights [tokens, top_k] in logits.dtype, summing to one
-        before that last rounding). Softmax and renormalisation are in float32.
+        (expert_ids int32 [tokens, top_k], weights [tokens, top_k] in logits.dtype). Softmax and
+        renormalisation are in float32.
     """
     wide = jnp.promote_types(logits.dtype, jnp.float32)
     weights, ids = lax.top_k(jax.nn.softmax(logits.astype(wide), axis=-1), top_k)
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    if renormalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights.astype(logits.dtype)
 
 
@@ -76,7 +78,8 @@ class SharedExpert(nnx.Module):
 class SparseMoe(nnx.Module):
     """Parameters of one mixture-of-experts layer.
 
-    With `fused`, the shared expert is the last slot of the expert stacks instead of a module of its own.
+    With `fused`, the shared expert, if the model has one, is the last slot of the expert stacks instead of a
+    module of its own.
     """
 
     def __init__(
@@ -87,9 +90,11 @@ class SparseMoe(nnx.Module):
         self.ranks = ranks
         self.gate = Weight((config.num_experts, config.hidden_size), dtypes.matrix)
         self.experts = Experts(config, dtypes)
-        if not fused:
+        self.has_shared = config.shared_expert_intermediate_size > 0
+        if self.has_shared and not fused:
             self.shared_expert = SharedExpert(config, dtypes)
-        self.shared_expert_gate = Weight((1, config.hidden_size), dtypes.matrix)
+        if self.has_shared:
+            self.shared_expert_gate = Weight((1, config.hidden_size), dtypes.matrix)
 
     def choose(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> tuple[jax.Array, jax.Array]:
         """Which experts each token goes to: (ids int32, weights float32), each [tokens, top_k].
@@ -98,8 +103,10 @@ class SparseMoe(nnx.Module):
         """
         with jax.named_scope("router"):
             logits = taps("router_logits", self.router_logits(x))
-            routing = taps("router", Routing(*route(logits, self.config.num_experts_per_tok)))
-            return jnp.where(valid[:, None], routing.ids, self.config.num_experts), routing.weights
+            c = self.config
+            chosen = route(logits, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
+            routing = taps("router", Routing(*chosen))
+            return jnp.where(valid[:, None], routing.ids, c.num_experts), routing.weights
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """float32 [..., experts]: rounded to bfloat16, near ties would choose other experts."""

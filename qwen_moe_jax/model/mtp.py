@@ -103,8 +103,7 @@ class MtpHead(nnx.Module):
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, step, layer_cache)
             layers.append(layer_cache)
-        x = rms_norm(x, self.norm.weight[...], self.config.rms_norm_eps).astype(self.dtypes.compute)
-        return x, cache.after(layers, valid)
+        return self._normed(x, self.norm), cache.after(layers, valid)
 
     def remember(
         self, hidden: jax.Array, embedded: jax.Array, valid: jax.Array, cache: HybridCache
@@ -120,15 +119,19 @@ class MtpHead(nnx.Module):
 
     def _pairs(self, hidden: jax.Array, embedded: jax.Array, valid: jax.Array) -> jax.Array:
         """The residual stream before the layer, float32 [batch, seq, hidden]."""
-        eps, compute = self.config.rms_norm_eps, self.dtypes.compute
         # A pad is zeroed on its way in, as in `Decoder.embed`.
         halves = (
-            rms_norm(jnp.where(valid[..., None], x, 0), norm.weight[...], eps).astype(compute)
+            self._normed(jnp.where(valid[..., None], x, 0), norm)
             for x, norm in ((embedded, self.pre_fc_norm_embedding), (hidden, self.pre_fc_norm_hidden))
         )
         # The residual stream begins here; it is float32, as the text model's.
         pair = jnp.concatenate(list(halves), axis=-1)
         return linear(pair, self.fc.matrix(), jnp.float32, kernels=self.kernels)
+
+    def _normed(self, x: jax.Array, norm: Weight) -> jax.Array:
+        """[batch, seq, hidden] in the compute dtype."""
+        c = self.config
+        return rms_norm(x, norm.weight[...], c.rms_norm_eps, c.norm_offset).astype(self.dtypes.compute)
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache for `batch` rows of `capacity` pairs; keys and values are held like the matrices."""

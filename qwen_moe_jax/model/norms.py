@@ -1,4 +1,4 @@
-"""Root-mean-square norms (Zhang & Sennrich 2019, arXiv:1910.07467) in the two forms Qwen3.5 uses."""
+"""Root-mean-square norms (Zhang & Sennrich 2019, arXiv:1910.07467), plain or zero-centred, and gated."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,20 @@ def _normalise(x32: jax.Array, eps: float) -> jax.Array:
     return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Zero-centred RMSNorm: x / rms(x) * (1 + weight), in float32, cast once at the end.
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """RMSNorm: x / rms(x) * (offset + weight), in float32, cast once at the end.
 
     Args:
         x: [..., dim], any float dtype.
-        weight: [dim]; 0 means "scale by one".
+        weight: [dim].
         eps: added to the mean square.
+        offset: 1 where the norm is zero-centred, so that a weight of 0 means "scale by one"; else 0.
 
     Returns:
         [..., dim] in x.dtype.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (_normalise(x.astype(wide), eps) * (1.0 + weight.astype(wide))).astype(x.dtype)
+    return (_normalise(x.astype(wide), eps) * (offset + weight.astype(wide))).astype(x.dtype)
 
 
 def gated_rms_norm(x: jax.Array, gate: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +24,27 @@ class Point:
 
 _STREAM = ("batch", "position", "hidden")
 
-# Of every layer.
-_LAYER = {
-    "residual": Point(_STREAM, "residual stream before the token mixer"),
+# Of every layer, before and behind its token mixer.
+_BEFORE = {"residual": Point(_STREAM, "residual stream before the token mixer")}
+_BETWEEN = {
     "mixer": Point(_STREAM, "what attention or Gated DeltaNet adds"),
-    "residual_mid": Point(_STREAM, "residual stream between token mixer and experts"),
+    "residual_mid": Point(_STREAM, "residual stream between token mixer and MLP"),
+}
+# Behind the token mixer, by the kind of MLP.
+_EXPERTS = {
     "router_logits": Point(("batch", "position", "expert"), "scores that experts are chosen by"),
     "router": Point(("batch", "position", "slot"), "chosen experts: ids and weights"),
     "experts": Point(
         ("batch", "position", "slot", "hidden"), "what each chosen expert adds, weighted", whole=False
     ),
+}
+_SHARED = {
     "shared_expert": Point(_STREAM, "the shared expert's output before its gate", whole=False),
     "shared_gate": Point(("batch", "position", "gate"), "the shared expert's gate, 0 to 1", whole=False),
-    "moe": Point(_STREAM, "what the mixture of experts adds"),
-    "residual_out": Point(_STREAM, "residual stream behind the layer"),
 }
+_MOE = {"moe": Point(_STREAM, "what the mixture of experts adds")}
+_MLP = {"mlp": Point(_STREAM, "what the dense MLP adds")}
+_BEHIND = {"residual_out": Point(_STREAM, "residual stream behind the layer")}
 _ATTENTION = {
     "queries": Point(("batch", "position", "head", "head_dim"), "queries, normed and rotated", whole=False),
     "keys": Point(("batch", "position", "kv_head", "head_dim"), "keys, normed and rotated", whole=False),
@@ -65,10 +71,10 @@ _ENDS = {
 def points_of(config: ModelConfig) -> dict[str, Point]:
     """Name -> point, in the order of a token's way: `embedding`, `layers.N.residual`, ..., `hidden`."""
     found = {"embedding": _ENDS["embedding"]}
-    for index, kind in enumerate(config.layer_types):
-        inside = _ATTENTION if kind == FULL_ATTENTION else _DELTA_NET
-        before = {"residual": _LAYER["residual"]}
-        rest = {name: point for name, point in _LAYER.items() if name != "residual"}
-        for name, point in {**before, **inside, **rest}.items():
+    shared = _SHARED if config.shared_expert_intermediate_size else {}
+    for index, kind in enumerate(config.layers):
+        mixer = _ATTENTION if kind.mixer == FULL_ATTENTION else _DELTA_NET
+        mlp = {**_EXPERTS, **shared, **_MOE} if kind.mlp == SPARSE else _MLP
+        for name, point in {**_BEFORE, **mixer, **_BETWEEN, **mlp, **_BEHIND}.items():
             found[f"layers.{index}.{name}"] = point
     return found | {"hidden": _ENDS["hidden"]}

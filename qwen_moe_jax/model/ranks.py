@@ -39,7 +39,8 @@ class Ranks(Protocol):
         ...
 
     def head_product(self, x: jax.Array, weight: Matrix, kernels: Kernels) -> jax.Array:
-        """The last product of a token mixer, whose contracted dimension are the heads held here.
+        """The last product of a token mixer, whose contracted dimension are the heads held here, or of a
+        dense MLP, where it is inner rows.
 
         [batch, seq, heads * dim] and [hidden, heads * dim] -> float32 [batch, seq, hidden], each rank's part.
         """
@@ -91,5 +92,6 @@ class OneDevice:
         return output
 
     def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """Routed and shared branch, each once."""
-        return moe.routed(x, valid, taps) + moe.shared(x, taps)
+        """Routed branch and, where there is one, shared branch, each once."""
+        routed = moe.routed(x, valid, taps)
+        return routed + moe.shared(x, taps) if moe.has_shared else routed

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.config import SPARSE, ModelConfig
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.forward import layout_decoder
-from qwen_moe_jax.parallel.layout import SHARED_EXPERT_MODES, Layout, check_fusable
+from qwen_moe_jax.parallel.layout import NO_SHARED_EXPERT, SHARED_EXPERT_MODES, Layout, check_fusable
 from qwen_moe_jax.parallel.mesh import EXPERT, check_mesh, make_mesh
 
 # Tokens a row of the batch in the two measured calls: decode, and a chunk of a prompt.
@@ -48,8 +48,6 @@ def choose_layout(
         InputError: a mesh that is none, an unknown or contradictory choice.
     """
     auto = shared_expert == "auto"
-    if auto:
-        shared_expert = "outside" if exact else "prescaled"
     if mesh is None and not exact and shared_expert != "fused":
         # checks the choices, which one device has no use for
         one = make_mesh(devices=jax.local_devices()[:1])
@@ -68,7 +66,8 @@ def choose_layout(
         ragged=kernels.target != "cpu",
         sums=sums,
     )
-    if not auto or exact:
+    has_choice = layout.shared_expert != NO_SHARED_EXPERT and SPARSE in config.mlp_types
+    if not auto or exact or not has_choice:
         return layout
     seconds = measure_shared_expert(layout, compute, kernels)
     return dataclasses.replace(layout, shared_expert=min(seconds, key=seconds.__getitem__))
@@ -99,7 +98,7 @@ def measure_shared_expert(layout: Layout, compute: jnp.dtype, kernels: Kernels) 
 
 
 def _seconds(layout: Layout, compute: jnp.dtype, kernels: Kernels) -> float:
-    one_layer = layout.config.with_layers(layout.config.layers[:1])
+    one_layer = layout.config.with_layers([kind for kind in layout.config.layers if kind.mlp == SPARSE][:1])
     layout = dataclasses.replace(layout, config=one_layer)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, kernels))
     decoder = layout_decoder(layout, policy, kernels)

@@ -4,7 +4,7 @@ Two dispatches. *psum*: every rank of the expert axis sees every token, computes
 parts are summed. *all_to_all*: every rank has its own tokens, sends each to the ranks that hold its experts
 and gets their outputs back.
 
-The shared expert is applied to every token exactly once, by one of four modes:
+The shared expert, where the model has one, is applied to every token exactly once, by one of four modes:
 
     mode         psum                                             all_to_all
     prescaled    on every rank, its weight divided by the          on each rank's own tokens,
@@ -75,7 +75,9 @@ def exact_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.A
     summed = slots[:, 0]
     for slot in range(1, slots.shape[1]):
         summed = summed + slots[:, slot]
-    return total(summed + moe.shared(x), ranks.tensor_axes)
+    if moe.has_shared:
+        summed = summed + moe.shared(x)
+    return total(summed, ranks.tensor_axes)
 
 
 def all_to_all_mixture(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from qwen_moe_jax.checkpoint.layout import (
 )
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
-from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
+from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, ModelConfig
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.formats.cache import (
     CacheSizes,
@@ -46,6 +46,7 @@ from qwen_moe_jax.parallel.ranks import MeshRanks
 from qwen_moe_jax.parallel.splits import Section, Split, divide_heads
 
 SHARED_EXPERT_MODES = ("prescaled", "outside", "sharded", "fused")
+NO_SHARED_EXPERT = "none"  # the mode of a model that has none
 DISPATCHES = ("psum", "all_to_all")
 ATTENTION_MODES = ("tensor", "data")
 SUMS = ("auto", "compute", "float32")
@@ -58,6 +59,9 @@ _TABLE: dict[str, tuple[str | None, ...]] = {
     "self_attn.q_proj.weight": ("query_gate", None),
     "self_attn.k_proj.weight": ("kv", None),
     "self_attn.v_proj.weight": ("kv", None),
+    "self_attn.q_proj.bias": ("query_gate",),
+    "self_attn.k_proj.bias": ("kv",),
+    "self_attn.v_proj.bias": ("kv",),
     "self_attn.o_proj.weight": (None, "query"),
     "linear_attn.in_proj_qkv.weight": ("qkv", None),
     "linear_attn.in_proj_z.weight": ("value", None),
@@ -72,6 +76,9 @@ _TABLE: dict[str, tuple[str | None, ...]] = {
     "mlp.shared_expert.gate_proj.weight": ("shared_inner", None),
     "mlp.shared_expert.up_proj.weight": ("shared_inner", None),
     "mlp.shared_expert.down_proj.weight": (None, "shared_inner"),
+    "mlp.gate_proj.weight": ("dense_inner", None),
+    "mlp.up_proj.weight": ("dense_inner", None),
+    "mlp.down_proj.weight": (None, "dense_inner"),
 }
 # Stacks of experts, and what of the shared expert lies in them where it is fused.
 _FUSED = (
@@ -90,9 +97,10 @@ class Layout:
     Attributes:
         config: of the whole model.
         mesh: from `make_mesh`, or only its shape, where nothing is computed.
-        attention: what the expert axis is to attention, Gated DeltaNet and vocabulary: "tensor" (more head
-            shards) or "data" (other rows of the batch).
-        shared_expert: one of `SHARED_EXPERT_MODES`; see `parallel/expert_dispatch.py`.
+        attention: what the expert axis is to attention, Gated DeltaNet, dense MLPs and vocabulary: "tensor"
+            (more head shards) or "data" (other rows of the batch).
+        shared_expert: one of `SHARED_EXPERT_MODES`; see `parallel/expert_dispatch.py`. "auto" stands for
+            "prescaled", or "outside" with `exact`. Where the model has none, it becomes `NO_SHARED_EXPERT`.
         expert_dispatch: "psum" or "all_to_all".
         exact: logits do not depend on the size of the expert axis, bit by bit. Attention, Gated DeltaNet and
             vocabulary are then the same on every rank of the expert axis.
@@ -105,7 +113,7 @@ class Layout:
     config: ModelConfig
     mesh: Mesh | AbstractMesh
     attention: str = "tensor"
-    shared_expert: str = "prescaled"
+    shared_expert: str = "auto"
     expert_dispatch: str = "psum"
     exact: bool = False
     ragged: bool = False
@@ -114,13 +122,33 @@ class Layout:
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
         _check_choice("attention", self.attention, ATTENTION_MODES)
-        _check_choice("shared_expert", self.shared_expert, SHARED_EXPERT_MODES)
+        object.__setattr__(self, "shared_expert", self._mode())
         _check_choice("expert_dispatch", self.expert_dispatch, DISPATCHES)
+        if self.expert_dispatch == "all_to_all" and not self.config.num_experts:
+            raise InputError(
+                "expert_dispatch is 'all_to_all', and this model has no experts to send tokens to; leave it "
+                "at 'psum'."
+            )
         _check_choice("sums", self.sums, SUMS)
         if self.shared_expert == "fused":
             check_fusable(self.config)
         if self.exact:
             self._check_exact()
+
+    def _mode(self) -> str:
+        """The mode that `shared_expert` asks for."""
+        has_shared = self.config.shared_expert_intermediate_size > 0
+        if not has_shared and self.shared_expert in ("auto", NO_SHARED_EXPERT):
+            return NO_SHARED_EXPERT
+        if self.shared_expert == "auto":
+            return "outside" if self.exact else "prescaled"
+        _check_choice("shared_expert", self.shared_expert, (*SHARED_EXPERT_MODES, "auto"))
+        if not has_shared:
+            raise InputError(
+                f"shared_expert is {self.shared_expert!r}, and this model has no shared expert; leave it at "
+                "'auto'."
+            )
+        return self.shared_expert
 
     def sum_dtype(self, compute: DTypeLike) -> jnp.dtype:
         """What parts of sums travel in, of a model that computes in a dtype."""
@@ -137,7 +165,7 @@ class Layout:
             ("attention", self.attention, "tensor"),
             ("shared_expert", self.shared_expert, "outside"),
         ):
-            if given != wanted:
+            if given not in (wanted, NO_SHARED_EXPERT):
                 raise InputError(
                     f"exact=True was given with {name}={given!r}, whose sums depend on the number of ranks; "
                     f"expected {wanted!r}."
@@ -147,10 +175,9 @@ class Layout:
         sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         attention = "not divided over expert" if self.exact else f"over expert as {self.attention}"
         exact = ", exact" if self.exact else ""
-        return (
-            f"mesh {sizes}: shared expert {self.shared_expert}, dispatch {self.expert_dispatch}, attention "
-            f"{attention}{exact}"
-        )
+        shared = "" if self.shared_expert == NO_SHARED_EXPERT else f"shared expert {self.shared_expert}, "
+        experts = f"dispatch {self.expert_dispatch}, " if self.config.num_experts else "no experts, "
+        return f"mesh {sizes}: {shared}{experts}attention {attention}{exact}"
 
     # Axes of the mesh that something is divided along; axes of one rank divide nothing.
 
@@ -164,7 +191,7 @@ class Layout:
 
     @property
     def head_axes(self) -> tuple[str, ...]:
-        """What heads and vocabulary are divided along."""
+        """What heads, inner rows of dense MLPs and vocabulary are divided along."""
         if self.exact or self.attention == "data":
             return self._real(TENSOR)
         return self._real(EXPERT, TENSOR)
@@ -204,13 +231,14 @@ class Layout:
         tensor, experts = self._real(TENSOR), self._real(EXPERT)
         inner = _inner(c, c.moe_intermediate_size, self.ranks_along(tensor))
         shared = _inner(c, c.shared_expert_intermediate_size, self.ranks_along(self.shared_axes))
+        dense = _inner(c, c.intermediate_size, heads)
         expert_sections = (Section.even(c.num_experts, self.ranks_along(experts)),)
         if self.shared_expert == "fused":
             # room for one more, which the shared expert fills
             expert_sections += (Section(1, 0, 1, (0,) * self.ranks_along(experts)),)
         return {
             "vocab": Split(self.head_axes, (Section.even(c.vocab_size, heads),)),
-            "query_gate": Split(self.head_axes, (queries(2 * c.head_dim),)),
+            "query_gate": Split(self.head_axes, (queries(c.head_dim * (2 if c.attn_output_gate else 1)),)),
             "query": Split(self.head_axes, (queries(c.head_dim),)),
             "kv": Split(self.head_axes, (kv,)),
             "qkv": Split(self.head_axes, (keys, keys, values(c.linear_value_head_dim))),
@@ -220,6 +248,7 @@ class Layout:
             "gate_up": Split(tensor, (inner, inner)),
             "inner": Split(tensor, (inner,)),
             "shared_inner": Split(self.shared_axes, (shared,)),
+            "dense_inner": Split(self.head_axes, (dense,)),
         }
 
     def ranks(self, compute: DTypeLike) -> MeshRanks:
@@ -447,6 +476,13 @@ def _check_choice(what: str, given: Any, choices: tuple[str, ...]) -> None:
         raise InputError(f"{what} is {given!r}; expected {', '.join(map(repr, choices))}.")
 
 
+def frugal_mode(config: ModelConfig, *, exact: bool = False) -> str:
+    """The mode in which ranks read and hold the least of the shared expert."""
+    if not config.shared_expert_intermediate_size:
+        return NO_SHARED_EXPERT
+    return "outside" if exact else "sharded"
+
+
 def check_fusable(config: ModelConfig) -> None:
     """Raises InputError unless the shared expert fits into a slot of the expert stacks."""
     shared, routed = config.shared_expert_intermediate_size, config.moe_intermediate_size
@@ -455,7 +491,7 @@ def check_fusable(config: ModelConfig) -> None:
             "shared_expert='fused' needs a shared expert as wide as the others, and this model's are "
             f"{shared} and {routed} wide; use 'prescaled', 'outside', 'sharded' or 'auto'."
         )
-    for layer in range(config.num_hidden_layers):
+    for layer in [i for i, kind in enumerate(config.layers) if kind.mlp == SPARSE]:
         for stack, part in _FUSED:
             own, others = (matrix_scheme(config, f"layers.{layer}.mlp.{name}") for name in (part, stack))
             if own != others:

@@ -131,14 +131,12 @@ def device_memory(
         sizes: data, expert and tensor.
         context: tokens of a sequence.
         device: that it is to fit.
-        **choices: attention, shared_expert, expert_dispatch and exact, as of `Layout`; a shared expert that
-            is "auto" counts as "prescaled", "outside" if exact, which hold the most.
+        **choices: attention, shared_expert, expert_dispatch and exact, as of `Layout`; what "auto" stands for
+            holds the most.
 
     Raises:
         InputError: a size or choice that is none.
     """
-    if choices.get("shared_expert") == "auto":
-        choices["shared_expert"] = "outside" if choices.get("exact") else "prescaled"
     layout = Layout(config, abstract_mesh(*sizes), **choices)
     kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
     holdings = {

@@ -95,10 +95,12 @@ def divide_heads(queries: int, keys: int, ranks: int) -> Heads:
     (the queries of a key head) or of equal parts of one group.
 
     Args:
-        queries: a multiple of keys; query head h reads key head h // (queries / keys).
+        queries: a multiple of keys; query head h reads key head h // (queries / keys). 0 if there are none.
         keys: how many.
         ranks: any number; some hold nothing if there are more of them than query heads.
     """
+    if not queries:
+        return Heads(queries=0, keys=0, query_starts=(0,) * ranks, key_starts=(0,) * ranks)
     group = queries // keys
     held = -(-queries // ranks)
     while held % group and group % held:

@@ -44,7 +44,6 @@ def _part(models: Models, dtype: str, *, expert: int = 1, tensor: int = 1, dispa
         layout = Layout(
             models.config,
             mesh,
-            shared_expert="prescaled",
             expert_dispatch=dispatch,
             # XLA:CPU has no such operation
             ragged=models.target != "cpu",

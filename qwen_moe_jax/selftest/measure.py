@@ -209,6 +209,7 @@ def _layer(config: ModelConfig, target: str) -> tuple[SparseMoe, dict[str, jax.S
     compute = jnp.dtype(jnp.bfloat16)
     policy = DtypePolicy(compute=compute, matrix=held_dtype(compute, make_kernels(target)))
     module = abstract_decoder(one, policy, make_kernels(target)).layers[0].mlp
+    assert isinstance(module, SparseMoe)
     return module, named_parameters(module)
 
 

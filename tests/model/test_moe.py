@@ -1,5 +1,6 @@
 """Router, shared expert and their sum against the reference's block."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import support.reference  # noqa: F401  one torch thread, no warnings
 import torch
 from flax import nnx
 from support.rounding import assert_within_ulps, to_numpy, to_torch
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeMLP,
     Qwen3_5MoeSparseMoeBlock,
@@ -52,7 +54,7 @@ ROUTER_ULPS = 8
 # The same differences can only tip the last rounding.
 BFLOAT16_ROUTER_ULPS = 1
 
-router = jax.jit(route, static_argnums=1)
+router = jax.jit(partial(route, renormalise=True), static_argnums=1)
 
 
 def router_logits(seed: int, tokens: int, experts: int, dtype: jnp.dtype) -> jax.Array:
@@ -77,6 +79,18 @@ def test_routing_equals_the_reference(experts: int, top_k: int, dtype: jnp.dtype
     np.testing.assert_array_equal(ids, chosen)
     ulps = ROUTER_ULPS if dtype == jnp.float32 else BFLOAT16_ROUTER_ULPS
     assert_within_ulps(weights, expected.detach(), ulps)
+
+
+def test_without_renormalisation_weights_are_the_references_probabilities() -> None:
+    config = SimpleNamespace(num_experts_per_tok=3, num_experts=16, hidden_size=16, norm_topk_prob=False)
+    module = Qwen2MoeTopKRouter(config)
+    module.weight.data = torch.eye(16)
+    logits = router_logits(0, 40, 16, jnp.float32)
+    _, expected, chosen = module(to_torch(logits))
+    ids, weights = route(logits, 3, renormalise=False)
+    np.testing.assert_array_equal(ids, chosen)
+    assert_within_ulps(weights, expected.detach(), ROUTER_ULPS)
+    assert (weights.sum(axis=-1) < 0.9999).all(), "the others have a share too"
 
 
 def test_weights_of_the_chosen_experts_sum_to_one_however_small_their_share() -> None:

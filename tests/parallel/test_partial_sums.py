@@ -190,7 +190,7 @@ def test_a_value_replicated_along_one_axis_only_is_no_part_along_both() -> None:
 @pytest.mark.parametrize(
     ("use", "why"),
     [
-        (lambda part, x: rms_norm(part, jnp.zeros(HIDDEN), 1e-6), "unreduced"),
+        (lambda part, x: rms_norm(part, jnp.zeros(HIDDEN), 1e-6, 1.0), "unreduced"),
         (lambda part, x: jax.nn.silu(part), "unreduced"),
         (lambda part, x: part * x, "reduced"),
         (lambda part, x: x + part, "unreduced"),
