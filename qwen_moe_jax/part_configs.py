@@ -21,7 +21,7 @@ _VISION_DEFAULTS = {
     "num_position_embeddings": 2304,
 }
 
-_VISION_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_vision")
+_VISION_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_vision", "qwen3_5", "qwen3_5_vision")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

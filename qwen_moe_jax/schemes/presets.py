@@ -16,6 +16,7 @@ _EXPERTS = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
 _ALL = (
     _EXPERTS,
     r"re:.*\.mlp\.shared_expert\.(gate|up|down)_proj$",
+    r"re:.*\.mlp\.(gate|up|down)_proj$",
     r"re:.*\.self_attn\.[qkvo]_proj$",
     r"re:.*\.linear_attn\.(in_proj_qkv|in_proj_z|out_proj)$",
 )

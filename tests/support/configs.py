@@ -17,6 +17,23 @@ PATTERNS = (
 )
 
 
+_EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+def family_config(model_type: str, seed: int) -> dict[str, Any]:
+    """The dictionary of a text-only config.json of a family, drawn as of `random_config`."""
+    config = random_config(seed) | {"model_type": model_type}
+    if model_type == "qwen3_5_text":
+        config = {key: value for key, value in config.items() if key not in _EXPERTS}
+        config["intermediate_size"] = (20, 44, 31, 64)[seed % 4]
+    return config
+
+
 def random_config(seed: int) -> dict[str, Any]:
     """The dictionary of a text-only config.json; every consecutive dozen of seeds covers most values.
 

@@ -1,4 +1,4 @@
-"""The truth: the whole Qwen3.5 MoE text model in float64 NumPy, one row, no cache, no padding.
+"""The truth: the whole text model in float64 NumPy, one row, no cache, no padding.
 
 Written from the equations, to be slow and obvious: attention builds its [seq, seq] scores, the delta rule
 is its recurrence token by token, every expert is looked at by itself. Every quantity is a float64; the
@@ -66,7 +66,11 @@ def forward(config: Any, params: Params, input_ids: Any, positions: np.ndarray |
         else:
             raise ValueError(f"unknown layer type {kind!r}")
         normed = rms_norm(x, layer["post_attention_layernorm.weight"], eps)
-        mixed, layer_margin = mixture_of_experts(c, _under(layer, "mlp."), normed)
+        mlp = _under(layer, "mlp.")
+        if "gate_proj.weight" in mlp:  # a dense layer
+            x = x + _mlp(normed, *(mlp[f"{name}_proj.weight"] for name in ("gate", "up", "down")))
+            continue
+        mixed, layer_margin = mixture_of_experts(c, mlp, normed)
         x = x + mixed
         margin = np.minimum(margin, layer_margin)
     x = rms_norm(x, params["norm.weight"], eps)

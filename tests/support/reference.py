@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, modeling_rope_utils
+from transformers import (
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    modeling_rope_utils,
+)
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.utils import logging
 
@@ -15,6 +21,12 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # each fallback to plain PyTorch is announced otherwise
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+}
 
 
 def build_reference(config: dict[str, Any], seed: int, wild: bool = True) -> Qwen3_5MoeForCausalLM:
@@ -29,7 +41,8 @@ def build_reference(config: dict[str, Any], seed: int, wild: bool = True) -> Qwe
     """
     torch.manual_seed(seed)
     given = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
-    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**given)).eval()
+    config_class, model_class = _CLASSES[config.get("model_type", "qwen3_5_moe_text")]
+    model = model_class(config_class(**given)).eval()
     if wild:
         _perturb(model, torch.Generator().manual_seed(seed))
     return model
