@@ -22,7 +22,8 @@ def _load_here(folder: Path, held: str) -> int:
     import jax
     import jax.numpy as jnp
 
-    from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+    from qwen_moe_jax.checkpoint.layout import parameter_shapes
+    from qwen_moe_jax.checkpoint.names import is_matrix
     from qwen_moe_jax.checkpoint.orbax import read_orbax
     from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
     from qwen_moe_jax.checkpoint.reader import read_parameters

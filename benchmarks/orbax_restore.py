@@ -28,7 +28,8 @@ def _make(base: Path, size: str) -> None:
     from make_checkpoint import make_checkpoint
 
     from qwen_moe_jax.checkpoint.convert import convert_checkpoint
-    from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+    from qwen_moe_jax.checkpoint.layout import parameter_shapes
+    from qwen_moe_jax.checkpoint.names import is_matrix
     from qwen_moe_jax.checkpoint.reader import read_parameters
     from qwen_moe_jax.checkpoint.writer import write_safetensors
     from qwen_moe_jax.config import ModelConfig

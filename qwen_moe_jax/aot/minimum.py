@@ -18,7 +18,8 @@ from math import comb, prod
 from typing import Any
 
 from qwen_moe_jax.checkpoint.inspect import by_component, size_in_words
-from qwen_moe_jax.checkpoint.layout import is_matrix, is_side, whole_shape
+from qwen_moe_jax.checkpoint.layout import whole_shape
+from qwen_moe_jax.checkpoint.names import is_matrix, is_side
 from qwen_moe_jax.config import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, SPARSE
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.errors import InputError

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, matrix_name, stored_dtype
+from qwen_moe_jax.checkpoint.layout import stored_dtype
+from qwen_moe_jax.checkpoint.names import is_matrix, matrix_name
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,

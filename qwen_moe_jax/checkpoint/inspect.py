@@ -9,16 +9,14 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qwen_moe_jax.checkpoint.layout import (
-    canonical_name,
     count_elements,
     held_in_words,
-    is_side,
     parameter_forms,
     parameter_shapes,
-    skipped_family,
     stored_dtype,
     text_keys,
 )
+from qwen_moe_jax.checkpoint.names import canonical_name, is_side, skipped_family
 from qwen_moe_jax.checkpoint.orbax import check_arrays, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.reader import match_tensors

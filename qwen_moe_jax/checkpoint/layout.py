@@ -1,7 +1,6 @@
 """The key table: which parameters a checkpoint of a configuration holds, under which names and shapes.
 
-A *canonical name* is a Hugging Face key without its `model.` or `model.language_model.` prefix, which is
-also the module path of the parameter, e.g. `layers.0.linear_attn.in_proj_qkv.weight`.
+Names are canonical, as of `names.py`.
 
 Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H], gate rows first, and
 `mlp.experts.down_proj` [E, H, I]), as the model holds them, or one matrix an expert
@@ -10,29 +9,29 @@ Routed experts come in two layouts: fused (`mlp.experts.gate_up_proj` [E, 2I, H]
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_moe_jax.checkpoint.fused_rows import fused_name
+from qwen_moe_jax.checkpoint.names import (
+    LM_HEAD,
+    canonical_name,
+    hf_key,
+    is_matrix,
+    is_side,
+    matrix_name,
+    scale_name,
+    skipped_family,
+    zero_name,
+)
+from qwen_moe_jax.checkpoint.pieces import Piece, expert_pieces, fused_pieces, whole_piece
 from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, LayerKind, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.formats.codes import CODES, MatrixFormat
 from qwen_moe_jax.schemes.scheme import Quantization, Scheme
-
-_MULTIMODAL_PREFIX = "model.language_model."
-_TEXT_PREFIX = "model."
-_LM_HEAD = "lm_head.weight"
-
-# Parts that a checkpoint may hold beside the text model, and what their keys begin with (see `parts.py`).
-PART_PREFIXES = {"visual": "model.visual.", "mtp": "mtp."}
-
-# Behind the name of a matrix of codes, the names of its scales and of its zero points.
-_SCALE, _ZERO = "_scale_inv", "_zero_point"
-
-# Small, and read in float32: everything else is a matrix of a product or a lookup table.
-_VECTOR_ENDINGS = ("norm.weight", "conv1d.weight", "A_log", "dt_bias", ".bias", _SCALE, _ZERO)
 
 # Matrices that are never codes: those that decide between experts, and of one row.
 _NEVER_CODES = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
@@ -53,7 +52,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= layer_shapes(config, layer, kind)
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes[_LM_HEAD] = (config.vocab_size, hidden)
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
@@ -113,7 +112,8 @@ def matrix_scheme(config: ModelConfig, name: str, root: str = "model.") -> Schem
     """How config.json says that a matrix is stored; None if it is not quantised, or no matrix."""
     if config.quantization is None or not is_matrix(name) or not name.startswith("layers."):
         return None
-    return _scheme(config.quantization, config.num_experts, name, root)
+    stored = fused_name(config, name) or name
+    return _scheme(config.quantization, config.num_experts, stored, root)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -203,29 +203,6 @@ def _swiglu_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int,
     }
 
 
-def canonical_name(hf_key: str) -> str | None:
-    """The key without its prefix, in either form; None if it does not lie under the text model."""
-    if hf_key == _LM_HEAD:
-        return hf_key
-    if skipped_family(hf_key) is not None:
-        return None
-    for prefix in (_MULTIMODAL_PREFIX, _TEXT_PREFIX):
-        if hf_key.startswith(prefix):
-            return hf_key.removeprefix(prefix)
-    return None
-
-
-def hf_key(name: str) -> str:
-    """The key of a canonical name in a text-only checkpoint."""
-    return name if name == _LM_HEAD else _TEXT_PREFIX + name
-
-
-def skipped_family(hf_key: str) -> str | None:
-    """The family that text generation does not use ("model.visual" or "mtp") a key belongs to, or None."""
-    found = next((prefix for prefix in PART_PREFIXES.values() if hf_key.startswith(prefix)), None)
-    return found.removesuffix(".") if found else None
-
-
 @dataclasses.dataclass(frozen=True)
 class KeyMap:
     """Which keys of a checkpoint are read, and under which names.
@@ -235,12 +212,15 @@ class KeyMap:
         key: canonical name -> the key that errors ask for.
         skipped: key -> the family of keys beside these that it belongs to, or None.
         scheme: canonical name of a matrix -> how its codes are stored, or None.
+        fused: canonical name, shape of a parameter -> the rows of a larger tensor that it is made of; [] for
+            one that is stored by itself.
     """
 
     name: Callable[[str], str | None]
     key: Callable[[str], str]
     skipped: Callable[[str], str | None]
     scheme: Callable[[str], Scheme | None] = lambda name: None
+    fused: Callable[[str, tuple[int, ...]], list[Piece]] = lambda name, shape: []
 
 
 TEXT_KEYS = KeyMap(canonical_name, hf_key, skipped_family)
@@ -248,7 +228,11 @@ TEXT_KEYS = KeyMap(canonical_name, hf_key, skipped_family)
 
 def text_keys(config: ModelConfig) -> KeyMap:
     """The text model's keys, in the formats of its configuration."""
-    return dataclasses.replace(TEXT_KEYS, scheme=lambda name: matrix_scheme(config, name))
+    return dataclasses.replace(
+        TEXT_KEYS,
+        scheme=lambda name: matrix_scheme(config, name),
+        fused=lambda name, shape: fused_pieces(config, name, shape),
+    )
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, MatrixFormat]) -> int:
@@ -292,26 +276,6 @@ def stored_dtype(name: str, forms: Mapping[str, MatrixFormat], matrix: np.dtype)
     return np.dtype(np.uint8) if is_side(name) else form.of_codes.dtype
 
 
-def scale_name(name: str) -> str:
-    """The parameter that the scales of a matrix of codes are."""
-    return name + _SCALE
-
-
-def zero_name(name: str) -> str:
-    """The parameter that the zero points of a matrix of codes are."""
-    return name + _ZERO
-
-
-def is_side(name: str) -> bool:
-    """Whether a parameter is the scales or the zero points of a matrix."""
-    return name.endswith((_SCALE, _ZERO))
-
-
-def matrix_name(name: str) -> str:
-    """The matrix that a parameter is the scales or zero points of, or the parameter itself."""
-    return name.removesuffix(_SCALE).removesuffix(_ZERO)
-
-
 def _halves(name: str) -> int:
     """Matrices behind one another in a stack's rows: gate and up rows of an expert do not share a scale."""
     return 2 if name.endswith("gate_up_proj") else 1
@@ -347,14 +311,6 @@ def held_in_words(config: ModelConfig, dtype: str) -> str:
     return f"{words} and {dtype}" if words else dtype
 
 
-def is_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a product or a lookup table, so that it is held in the matrix dtype.
-
-    The others (norms, convolution, A_log, dt_bias) are small and keep the precision of their file.
-    """
-    return not name.endswith(_VECTOR_ENDINGS)
-
-
 def differences(
     found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[str], list[str], list[str]]:
@@ -364,53 +320,3 @@ def differences(
         [name for name in found if name not in shapes],
         [name for name, shape in shapes.items() if name in found and tuple(found[name]) != shape],
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A tensor of the file that is a part of a parameter.
-
-    Attributes:
-        name: its canonical name.
-        shape: its shape in the file.
-        origin: index of its first element in the parameter, which may have more, leading dimensions.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    origin: tuple[int, ...]
-
-    @cached_property
-    def box(self) -> tuple[slice, ...]:
-        """Where it lies in the parameter: one slice a dimension, of one element in those it lacks."""
-        extent = (1,) * (len(self.origin) - len(self.shape)) + self.shape
-        return tuple(slice(o, o + n) for o, n in zip(self.origin, extent, strict=True))
-
-
-def whole_piece(name: str, shape: tuple[int, ...]) -> Piece:
-    """A parameter that is one tensor."""
-    return Piece(name, shape, (0,) * len(shape))
-
-
-def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """What a fused expert stack is made of in the layout of one matrix an expert; [] for other parameters.
-
-    Args:
-        name: canonical name.
-        shape: of the parameter, [experts, out, in], or of its scales.
-    """
-    if ".experts." not in name:
-        return []
-    stack, projection = name.rsplit(".", 1)
-    ending = projection[len(matrix_name(projection)) :]
-    projection = matrix_name(projection)
-    if projection not in ("gate_up_proj", "down_proj"):
-        return []  # a matrix of one expert
-    experts, out, width = shape
-    parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
-    part_shape = (out // len(parts), width)
-    return [
-        Piece(f"{stack}.{expert}.{part}.weight{ending}", part_shape, (expert, i * part_shape[0], 0))
-        for expert in range(experts)
-        for i, part in enumerate(parts)
-    ]

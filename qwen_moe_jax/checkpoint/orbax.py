@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, differences, matrix_name, stored_dtype
+from qwen_moe_jax.checkpoint.layout import differences, stored_dtype
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES, matrix_name
 from qwen_moe_jax.checkpoint.orbax_folder import (
     begin,
     finish,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import matrix_name, scale_name
+from qwen_moe_jax.checkpoint.names import matrix_name, scale_name
 from qwen_moe_jax.checkpoint.safetensors_files import StoredTensor
 from qwen_moe_jax.formats.codes import CODES
 from qwen_moe_jax.schemes.scheme import Scheme

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import (
-    PART_PREFIXES,
     KeyMap,
     layer_forms,
     layer_shapes,
@@ -24,6 +23,7 @@ from qwen_moe_jax.checkpoint.layout import (
     text_keys,
     whole_shape,
 )
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
 from qwen_moe_jax.checkpoint.packing_checks import Check

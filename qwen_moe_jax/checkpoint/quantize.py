@@ -7,7 +7,7 @@ One matrix is in memory at a time.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -17,18 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
-from qwen_moe_jax.checkpoint.layout import (
-    PART_PREFIXES,
-    expert_pieces,
-    hf_key,
-    is_matrix,
-    matrix_form,
-    matrix_scheme,
-    scale_name,
-    whole_piece,
-)
+from qwen_moe_jax.checkpoint.fused_rows import fused_members
+from qwen_moe_jax.checkpoint.layout import matrix_form, matrix_scheme
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES, hf_key, is_matrix, scale_name
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.parts import whole_source
+from qwen_moe_jax.checkpoint.pieces import file_tensors
 from qwen_moe_jax.checkpoint.read_box import OpenFiles
 from qwen_moe_jax.checkpoint.reader import Source, read_source, source_dtype
 from qwen_moe_jax.checkpoint.rounding import round_integers, round_mxfp4
@@ -73,21 +67,17 @@ class QuantizeReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
-    """Tensors to be written: a box of a parameter, as it is or as codes, scales and what belongs to them.
+    """Tensors to be written: boxes of parameters, as they are or as codes, scales and what belongs to them.
 
     Attributes:
-        key: of the parameter, or of the matrix of an expert.
-        name: of the parameter that it is a box of.
-        box: of that parameter.
+        boxes: (parameter, box of it), behind one another in the rows.
         shape: of the matrix.
         dtype: of what stays as it is, and of scales.
         entries: what it becomes in the file, behind one another.
         scheme: of its codes, or None.
     """
 
-    key: str
-    name: str
-    box: Box
+    boxes: tuple[tuple[str, Box], ...]
     shape: tuple[int, ...]
     dtype: np.dtype
     entries: tuple[Entry, ...]
@@ -134,9 +124,7 @@ def quantize_checkpoint(
     scales = SCALE_DTYPES[scale_dtype]
     config = dataclasses.replace(config, quantization=quantization.with_scales_in(scale_dtype))
     outputs = [
-        out
-        for name, shape in whole.shapes.items()
-        for out in _outputs(config, name, shape, sources[name], scales)
+        out for name, shape in whole.shapes.items() for out in _outputs(config, name, shape, sources, scales)
     ]
     parts = into_shards(outputs, lambda out: entries_bytes(out.entries), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
@@ -149,7 +137,7 @@ def quantize_checkpoint(
                 with (destination / file).open("wb") as stream:
                     stream.write(encode_header(entries[file]))
                     for out in members:
-                        count = _write(stream, out, sources[out.name], scales)
+                        count = _write(stream, out, sources, scales)
                         source_bytes += count
                         bar.update(count)
     except BaseException:
@@ -164,21 +152,26 @@ def quantize_checkpoint(
 
 
 def _outputs(
-    config: ModelConfig, name: str, shape: tuple[int, ...], source: Source, scales: np.dtype
+    config: ModelConfig, name: str, shape: tuple[int, ...], sources: Mapping[str, Source], scales: np.dtype
 ) -> Iterator[_Output]:
     prefix = PART_PREFIXES["mtp"]
     root = prefix if name.startswith(prefix) else "model."
     own = name.removeprefix(prefix)
-    key_of = prefix.__add__ if root == prefix else hf_key
-    dtype, scheme = source_dtype(source), matrix_scheme(config, own, root)
-    for piece in (scheme and expert_pieces(own, shape)) or [whole_piece(own, shape)]:
-        entries = ((key_of(piece.name), dtype, piece.shape),)
+    key_of, of_source = (prefix.__add__, prefix) if root == prefix else (hf_key, "")
+    scheme = matrix_scheme(config, own, root)
+    dtypes = [source_dtype(sources[of_source + member]) for member in fused_members(config, own)]
+    dtype = max(dtypes, key=lambda d: d.itemsize)
+    for tensor in file_tensors(config, own, shape, split_experts=scheme is not None):
+        entries = ((key_of(tensor.name), dtype, tensor.shape),)
         if scheme is not None:
+            # of an expert its own name; what is fused is named by the parameter it begins with
+            known = (own, shape) if len(tensor.boxes) > 1 else (tensor.name, tensor.shape)
             entries = tuple(
-                (key_of(tensor.name), tensor.dtype, tensor.shape)
-                for tensor in _written(config, piece.name, piece.shape, scales, root)
+                (key_of(written.name), written.dtype, written.shape)
+                for written in _written(config, *known, scales, root)
             )
-        yield _Output(key_of(piece.name), name, piece.box, piece.shape, dtype, entries, scheme)
+        boxes = tuple((of_source + member, box) for member, box in tensor.boxes)
+        yield _Output(boxes, tensor.shape, dtype, entries, scheme)
 
 
 def _written(
@@ -191,25 +184,33 @@ def _written(
     yield from written_tensors(config, scale_name(name), form.scales_shape(shape), scales, root)
 
 
-def _write(stream: BinaryIO, out: _Output, source: Source, scales: np.dtype) -> int:
+def _write(stream: BinaryIO, out: _Output, sources: Mapping[str, Source], scales: np.dtype) -> int:
     """Reads a tensor and writes it: bytes read."""
-    extent = tuple(s.stop - s.start for s in out.box)
-    if out.scheme is not None:
-        matrix = np.empty(extent, np.float32)
-        count = _read(source, out.box, matrix)
-        codes, found = _rounded(matrix.reshape(out.shape), out.scheme, scales)
-        for i, (_, dtype, shape) in enumerate(out.entries):
-            last = i == len(out.entries) - 1
-            part = found if last else codes if i == 0 else np.array(out.shape, dtype)
-            assert part.nbytes == prod(shape) * dtype.itemsize
-            stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-        return count
-    count = 0
-    rows = max(1, _COPY_BYTES // max(1, prod(extent[1:]) * out.dtype.itemsize))
+    if out.scheme is None:
+        return sum(_copy(stream, sources[name], box, out.dtype) for name, box in out.boxes)
+    matrix, count, first = np.empty(out.shape, np.float32), 0, 0
+    for name, box in out.boxes:
+        extent = tuple(s.stop - s.start for s in box)
+        rows = prod(extent[:-1])
+        count += _read(sources[name], box, matrix[first : first + rows].reshape(extent))
+        first += rows
+    codes, found = _rounded(matrix, out.scheme, scales)
+    for i, (_, dtype, shape) in enumerate(out.entries):
+        last = i == len(out.entries) - 1
+        part = found if last else codes if i == 0 else np.array(out.shape, dtype)
+        assert part.nbytes == prod(shape) * dtype.itemsize
+        stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return count
+
+
+def _copy(stream: BinaryIO, source: Source, box: Box, dtype: np.dtype) -> int:
+    """Writes a box of a parameter as it is, in bounded pieces: bytes read."""
+    extent, count = tuple(s.stop - s.start for s in box), 0
+    rows = max(1, _COPY_BYTES // max(1, prod(extent[1:]) * dtype.itemsize))
     for first in range(0, extent[0], rows):
-        box = (slice(first, min(first + rows, extent[0])), *out.box[1:])
-        part = np.empty((box[0].stop - first, *extent[1:]), out.dtype)
-        count += _read(source, box, part)
+        last = min(first + rows, extent[0])
+        part = np.empty((last - first, *extent[1:]), dtype)
+        count += _read(source, (slice(box[0].start + first, box[0].start + last), *box[1:]), part)
         stream.write(part.reshape(-1).view(np.uint8).data)
     return count
 

@@ -13,15 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_moe_jax.checkpoint.layout import (
-    TEXT_KEYS,
-    KeyMap,
-    Piece,
-    expert_pieces,
-    is_matrix,
-    matrix_name,
-    whole_piece,
-)
+from qwen_moe_jax.checkpoint.layout import TEXT_KEYS, KeyMap
+from qwen_moe_jax.checkpoint.names import is_matrix, matrix_name
 from qwen_moe_jax.checkpoint.packing import (
     PACKINGS,
     PackedTensor,
@@ -31,6 +24,7 @@ from qwen_moe_jax.checkpoint.packing import (
     stored_name,
 )
 from qwen_moe_jax.checkpoint.packing_checks import Check, check_packing, kind_of
+from qwen_moe_jax.checkpoint.pieces import Piece, expert_pieces, whole_piece
 from qwen_moe_jax.checkpoint.read_box import OpenFiles, iter_float32, read_boxes, read_packed
 from qwen_moe_jax.checkpoint.safetensors_files import (
     READABLE_DTYPES,
@@ -282,12 +276,14 @@ def match_tensors(
         sources[name] = []
         scheme = keys.scheme(matrix_name(name))
         found = stored_as(name, scheme)
-        for piece in _pieces(name, shape, by_name, found.name):
-            tensor = unused.pop(found.name(piece.name), None)
+        for piece in _pieces(name, shape, by_name, found.name, keys):
+            stored = found.name(piece.name)
+            tensor = by_name.get(stored)
             if tensor is None:
-                missing.append(keys.key(found.name(piece.name)))
+                missing.append(keys.key(stored))
                 continue
-            wanted = found.layout.file_shapes(piece.shape)
+            unused.pop(stored, None)  # what is fused is met more than once
+            wanted = found.layout.file_shapes(piece.tensor_shape)
             if tensor.shape not in wanted:
                 misshapen.append(f"{tensor.key} is {list(tensor.shape)} instead of {list(wanted[0])}")
                 continue
@@ -295,12 +291,13 @@ def match_tensors(
                 expected = " or ".join(found.layout.dtypes)
                 unreadable.append(f"{tensor.key} is {tensor.dtype} instead of {expected}")
                 continue
-            source = as_array(tensor, found.layout, piece.shape)
+            source = as_array(tensor, found.layout, piece.tensor_shape)
             if scheme is not None and found.part == "codes":
                 checks += _checks(piece, scheme, PACKINGS[scheme.packing], unused)
             divisor = found.divisor(piece.name)
             if divisor is not None and isinstance(source, PackedTensor):
-                one = unused.pop(divisor, None)
+                one = by_name.get(divisor)
+                unused.pop(divisor, None)
                 if one is None or one.dtype != "F32" or one.nbytes != 4:
                     missing.append(keys.key(divisor))
                 source = dataclasses.replace(source, divisor=one)
@@ -329,7 +326,8 @@ def _checks(
 ) -> Iterator[Check]:
     """Takes the tensors beside a matrix of codes: gives what is to be compared, and drops what is about
     activations."""
-    shape = (*piece.shape[:-1], piece.shape[-1] * CODES[scheme.codes].packed)
+    *rows, columns = piece.tensor_shape
+    shape = (*rows, columns * CODES[scheme.codes].packed)
     for ending in packing.checks:
         if ending == "qzeros" and scheme.zeros:
             continue
@@ -341,9 +339,16 @@ def _checks(
 
 
 def _pieces(
-    name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor], name_of: Callable[[str], str]
+    name: str,
+    shape: tuple[int, ...],
+    stored: Mapping[str, StoredTensor],
+    name_of: Callable[[str], str],
+    keys: KeyMap,
 ) -> list[Piece]:
-    """The tensors that make up a parameter: itself or, where the file says so, one matrix an expert."""
+    """The tensors that make up a parameter: itself, rows of a fused one or, in some files, one an expert."""
+    fused = keys.fused(name, shape)
+    if fused:
+        return fused
     split = expert_pieces(name, shape)
     if name_of(name) not in stored and any(name_of(piece.name) in stored for piece in split):
         return split
@@ -357,7 +362,7 @@ def _equal(a: StoredTensor, b: StoredTensor | PackedTensor) -> bool:
 
 
 def _stored_bytes(source: Source) -> int:
-    return sum(tensor.nbytes for _, tensor in source)
+    return sum(tensor.nbytes * piece.shape[0] // piece.tensor_shape[0] for piece, tensor in source)
 
 
 def _position(source: Source) -> tuple[str, int]:
@@ -404,6 +409,8 @@ def _parts(
         )
         if any(s.start >= s.stop for s in common):
             continue
-        inside = tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, piece.origin, strict=True))
+        begin = list(piece.origin)
+        begin[extra] -= piece.first
+        inside = tuple(slice(s.start - o, s.stop - o) for s, o in zip(common, begin, strict=True))
         place = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(common, box, strict=True))
         yield tensor, inside[extra:], out[place][(0,) * extra]

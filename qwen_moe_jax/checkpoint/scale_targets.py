@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import is_side, scale_name, zero_name
+from qwen_moe_jax.checkpoint.names import is_side, scale_name, zero_name
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.formats.codes import MatrixFormat

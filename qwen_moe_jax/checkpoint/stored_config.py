@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from qwen_moe_jax.checkpoint.layout import PART_PREFIXES, is_side, matrix_name, scale_name
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES, is_side, matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, stored_names
 from qwen_moe_jax.checkpoint.packing import PACKINGS, stored_name

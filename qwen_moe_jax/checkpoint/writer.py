@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import (
+from qwen_moe_jax.checkpoint.fused_rows import fused_members
+from qwen_moe_jax.checkpoint.layout import differences, parameter_shapes
+from qwen_moe_jax.checkpoint.names import (
     PART_PREFIXES,
-    differences,
     hf_key,
     is_matrix,
     is_side,
     matrix_name,
-    parameter_shapes,
     scale_name,
     zero_name,
 )
@@ -43,6 +43,7 @@ ORBAX_PART = "orbax.part"
 
 # (key, dtype, shape) of a tensor in a file
 Entry = tuple[str, np.dtype, tuple[int, ...]]
+Box = tuple[slice, ...]
 T = TypeVar("T")
 
 # Dtypes of everything but codes and their scales.
@@ -84,15 +85,16 @@ def write_safetensors(
     refuse_second_layout(folder, ORBAX_FOLDER, ORBAX_PART)
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
-    values: dict[str, tuple[jax.Array, Written]] = {}
+    values: dict[str, tuple[Mapping[str, jax.Array], Written]] = {}
     prefix = PART_PREFIXES["mtp"]
     for root, held, key_of in (("model.", parameters, hf_key), (prefix, mtp or {}, prefix.__add__)):
         dtypes = stored_dtypes(held, np.dtype(dtype))
         for name, value in held.items():
-            for tensor in written_tensors(config, name, tuple(value.shape), dtypes[name], root):
+            widest = max((dtypes[n] for n in fused_members(config, name)), key=lambda d: d.itemsize)
+            for tensor in written_tensors(config, name, tuple(value.shape), widest, root):
                 key = key_of(tensor.name)
                 entries.append((key, tensor.dtype, tensor.shape))
-                values[key] = value, tensor
+                values[key] = held, tensor
     parts = into_shards(entries, lambda entry: entries_bytes([entry]), max_shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     # Written under other names first, so that a checkpoint is never replaced by half of one.
@@ -256,15 +258,20 @@ def encode_header(entries: Iterable[Entry]) -> bytes:
 def _write_file(
     file: Path,
     entries: list[Entry],
-    values: Mapping[str, tuple[jax.Array, Written]],
+    values: Mapping[str, tuple[Mapping[str, jax.Array], Written]],
 ) -> None:
     with file.open("wb") as stream:
         stream.write(encode_header(entries))
         for key, dtype, _ in entries:
-            value, tensor = values[key]
-            # no copy on CPU, and a box is a run of the array
-            part = tensor.convert(np.asarray(value)[tensor.box or ()].reshape(-1, *value.shape[-1:]))
-            for piece in _pieces(part):
+            held, tensor = values[key]
+            for piece in _pieces(tensor.convert(_rows(held, tensor.boxes))):
                 if piece.dtype.itemsize != 1:
                     piece = piece.astype(dtype, copy=False)
                 stream.write(piece.view(np.uint8).data)
+
+
+def _rows(held: Mapping[str, jax.Array], boxes: tuple[tuple[str, Box], ...]) -> np.ndarray:
+    """Boxes of parameters, behind one another; a single one, which is a run of its array, is not copied."""
+    parts = [np.asarray(held[name])[box] for name, box in boxes]
+    rows = [part.reshape(-1, *part.shape[-1:]) for part in parts]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows or [np.empty((0, 0))])

@@ -9,19 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_moe_jax.checkpoint.layout import (
-    PART_PREFIXES,
-    Piece,
-    expert_pieces,
-    hf_key,
-    is_matrix,
-    layer_shapes,
-    matrix_name,
-    matrix_scheme,
-    parameter_shapes,
-    whole_piece,
-)
+from qwen_moe_jax.checkpoint.fused_rows import fused_members, fused_name
+from qwen_moe_jax.checkpoint.layout import layer_shapes, matrix_scheme, parameter_shapes
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES, hf_key, is_matrix, matrix_name
 from qwen_moe_jax.checkpoint.packing import PACKINGS, part_of, stored_name
+from qwen_moe_jax.checkpoint.pieces import FileTensor, file_tensors
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.formats.codes import CODES
@@ -39,14 +31,15 @@ class Written:
         name: canonical.
         dtype: in the file.
         shape: in the file.
-        box: of the parameter that it is made of; None for what is the same whatever the parameter holds.
-        convert: that box, as the parameter has it -> what the file gets.
+        boxes: (parameter, box of it) that it is made of, behind one another in its rows; () for what is the
+            same whatever parameters hold.
+        convert: these rows, as the parameters have them -> what the file gets.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    box: tuple[slice, ...] | None
+    boxes: tuple[tuple[str, tuple[slice, ...]], ...]
     convert: Callable[[Array], Array]
 
 
@@ -61,7 +54,7 @@ def written_scheme(scheme: Scheme) -> Scheme:
 def written_tensors(
     config: ModelConfig, name: str, shape: tuple[int, ...], dtype: np.dtype, root: str = "model."
 ) -> Iterator[Written]:
-    """What a parameter becomes.
+    """What a parameter becomes; nothing where a tensor of an earlier parameter holds it.
 
     Args:
         config: of the text model.
@@ -76,8 +69,8 @@ def written_tensors(
     """
     scheme = matrix_scheme(config, matrix_name(name), root)
     if scheme is None:
-        whole = whole_piece(name, shape)
-        yield Written(name, dtype, shape, whole.box, np.asarray)
+        for tensor in file_tensors(config, name, shape, split_experts=False):
+            yield Written(tensor.name, dtype, tensor.shape, tensor.boxes, np.asarray)
         return
     scheme = written_scheme(scheme)
     if scheme.packing == "nvfp4":
@@ -85,34 +78,34 @@ def written_tensors(
             f"{name} is in NVFP4, which is read, and not written; quantise the model it was made of to mxfp4."
         )
     names, part = PACKINGS[scheme.packing].names, part_of(name)
-    for piece in expert_pieces(name, shape) or [whole_piece(name, shape)]:
-        stored = stored_name(piece.name, names[part])
-        yield _written(stored, piece, part, scheme, dtype)
+    for tensor in file_tensors(config, name, shape, split_experts=True):
+        stored = stored_name(tensor.name, names[part])
+        yield _written(stored, tensor, part, scheme, dtype)
         if part == "codes" and scheme.packing == "packed":
-            sizes = np.array([piece.shape[0], piece.shape[1] * CODES[scheme.codes].packed], np.int64)
-            says = stored_name(piece.name, "weight_shape")
-            yield Written(says, sizes.dtype, (2,), None, lambda _, sizes=sizes: sizes)
+            sizes = np.array([tensor.shape[0], tensor.shape[1] * CODES[scheme.codes].packed], np.int64)
+            says = stored_name(tensor.name, "weight_shape")
+            yield Written(says, sizes.dtype, (2,), (), lambda _, sizes=sizes: sizes)
 
 
-def _written(name: str, piece: Piece, part: str, scheme: Scheme, dtype: np.dtype) -> Written:
-    rows, columns = piece.shape
+def _written(name: str, tensor: FileTensor, part: str, scheme: Scheme, dtype: np.dtype) -> Written:
+    rows, columns = tensor.shape
     if part == "scales":
         held = np.dtype(np.uint8) if scheme.packing == "mxfp4" else dtype
-        return Written(name, held, piece.shape, piece.box, lambda scales: scales)
+        return Written(name, held, tensor.shape, tensor.boxes, lambda scales: scales)
     if part == "codes":
         codes = CODES[scheme.codes]
         if scheme.packing != "packed":
-            return Written(name, codes.dtype, piece.shape, piece.box, lambda codes: codes)
+            return Written(name, codes.dtype, tensor.shape, tensor.boxes, lambda codes: codes)
         _require_words(name, columns * codes.packed, codes.bits)
         shape = (rows, columns // 4)
-        return Written(name, np.dtype(np.int32), shape, piece.box, lambda codes: codes)
+        return Written(name, np.dtype(np.int32), shape, tensor.boxes, lambda codes: codes)
     bits = CODES[scheme.codes].bits
     _require_words(name, rows, bits)
     return Written(
         name,
         np.dtype(np.int32),
         (rows * bits // 32, columns),
-        piece.box,
+        tensor.boxes,
         lambda zeros: packed_along_rows(zeros, bits),
     )
 
@@ -145,8 +138,11 @@ def quantization_config(config: ModelConfig, *, mtp_layers: int = 0) -> dict[str
     plain: list[str] = []
     modules: dict[Scheme, list[str]] = {}
     for root, name in _matrices(config, mtp_layers):
+        if name != fused_members(config, name)[0]:
+            continue
         scheme = matrix_scheme(config, name, root) if name.startswith("layers.") else None
-        key = hf_key(name) if root == "model." else root + name
+        stored = fused_name(config, name) or name
+        key = hf_key(stored) if root == "model." else root + stored
         if scheme is None:
             plain += [key.removesuffix(".weight")] if key.endswith(".weight") else []
         else:

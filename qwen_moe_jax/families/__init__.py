@@ -4,10 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.families import qwen3_5, qwen3_5_moe
+from qwen_moe_jax.families import qwen2_moe, qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next
 from qwen_moe_jax.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (qwen3_5_moe.FAMILY, qwen3_5.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    qwen3_5_moe.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_next.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
+)
 _BY_TYPE = {
     model_type: family
     for family in FAMILIES

@@ -24,12 +24,14 @@ class Family:
         title: in reports.
         architecture: the class of transformers that loads what is written.
         sizes: fields that are positive integers -> what a config.json that leaves one out means.
+        aliases: other names that a config.json may give a field.
         fixed: switches -> the only value that is implemented.
         features: fields that no config.json of the family changes.
         rope: of a config.json that says nothing of it.
         read: (text object, sizes) -> the fields that are left.
         write: fields by name -> the entries that `read` takes them from.
         mtp_layers: (key, layers if it is absent) of multi-token prediction; None if the family has none.
+        fused_delta_net: its files hold projections of Gated DeltaNet fused, as of `checkpoint.fused_rows`.
     """
 
     model_type: str
@@ -43,6 +45,8 @@ class Family:
     read: Callable[[Mapping[str, Any], Mapping[str, int]], dict[str, Any]]
     write: Callable[[Mapping[str, Any]], dict[str, Any]]
     mtp_layers: tuple[str, int | None] | None = None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused_delta_net: bool = False
 
     def text_of(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The text model's object of a parsed config.json of either form.
@@ -51,7 +55,7 @@ class Family:
             ConfigError: a multimodal one without it, or with that of another architecture.
         """
         if raw.get("model_type") == self.model_type:
-            return dict(raw)
+            return self._with_names(raw)
         inner = raw.get("text_config")
         if not isinstance(inner, Mapping):
             raise ConfigError(
@@ -65,7 +69,22 @@ class Family:
         text = dict(inner)
         text |= {key: raw[key] for key in _OUTER if raw.get(key) is not None}
         text |= {key: raw[key] for key in _ELSE_OUTER if text.get(key) is None and raw.get(key) is not None}
-        return text
+        return self._with_names(text)
+
+    def _with_names(self, text: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, every field under its own name.
+
+        Raises:
+            ConfigError: two names of a field with two values.
+        """
+        found = dict(text)
+        for alias, name in self.aliases.items():
+            value = found.pop(alias, None)
+            if value is None:
+                continue
+            if found.setdefault(name, value) != value:
+                raise ConfigError(f"{alias} is {value!r} and {name} {found[name]!r}, which mean the same.")
+        return found
 
     def fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of `ModelConfig`, from a parsed config.json of either form.

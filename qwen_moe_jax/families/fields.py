@@ -84,3 +84,55 @@ def layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
             f"expected {LINEAR_ATTENTION!r} or {FULL_ATTENTION!r}."
         )
     return tuple(given)
+
+
+def attention_layers(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """Token mixers of a family that has full attention only."""
+    given = text.get("layer_types")
+    wanted = (FULL_ATTENTION,) * layers
+    if given is not None and tuple(given) != wanted:
+        raise ConfigError(
+            f"layer_types is {given!r}; expected {FULL_ATTENTION!r} for each of the {layers} layers."
+        )
+    return wanted
+
+
+def head_dim(text: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    """Width of an attention head: as given, or what the hidden size gives each."""
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if text.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+    return positive_int(text, "head_dim", max(1, hidden // heads))
+
+
+def whole_heads(text: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a share of each head is rotated: these families rotate all of it."""
+    for where in (text, text.get("rope_parameters"), text.get("rope_scaling")):
+        share = where.get("partial_rotary_factor") if isinstance(where, Mapping) else None
+        if share is not None and share != 1:
+            raise ConfigError(
+                f"partial_rotary_factor is {share!r}; this model type rotates whole heads, and expects 1.0."
+            )
+
+
+def mlp_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """MLPs: experts in each `decoder_sparse_step`-th layer, unless `mlp_only_layers` names it."""
+    step = positive_int(text, "decoder_sparse_step", 1)
+    dense = text.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple) or not all(is_int(i) and 0 <= i < layers for i in dense):
+        raise ConfigError(f"mlp_only_layers is {dense!r}; expected indices of the {layers} layers.")
+    found = tuple(
+        SPARSE if layer not in dense and (layer + 1) % step == 0 else DENSE for layer in range(layers)
+    )
+    if SPARSE not in found:
+        raise ConfigError(
+            f"decoder_sparse_step {step} and mlp_only_layers {list(dense)} leave no layer with experts; "
+            "expected one at least."
+        )
+    return found
+
+
+def written_mlps(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that `mlp_types` reads."""
+    dense = [layer for layer, kind in enumerate(fields["mlp_types"]) if kind == DENSE]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}

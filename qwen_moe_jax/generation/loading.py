@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.checkpoint.layout import (
-    is_matrix,
-    is_side,
     parameter_forms,
     parameter_shapes,
     stored_dtype,
     text_keys,
     whole_shape,
 )
+from qwen_moe_jax.checkpoint.names import is_matrix, is_side
 from qwen_moe_jax.checkpoint.orbax import read_orbax_targets
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax, refuse_unfinished
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, read_part_targets, stored_mtp_layers

@@ -10,12 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen_moe_jax.checkpoint.inspect import layers_in_words
-from qwen_moe_jax.checkpoint.layout import (
-    count_parameters,
-    held_in_words,
-    parameter_forms,
-    parameter_shapes,
-)
+from qwen_moe_jax.checkpoint.layout import count_parameters, held_in_words, parameter_forms, parameter_shapes
 from qwen_moe_jax.checkpoint.orbax import save_orbax
 from qwen_moe_jax.checkpoint.parts import holds_part, mtp_forms, mtp_shapes, part_keys, read_part
 from qwen_moe_jax.checkpoint.stored_config import read_config

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from qwen_moe_jax.checkpoint.layout import matrix_name
+from qwen_moe_jax.checkpoint.names import matrix_name
 from qwen_moe_jax.checkpoint.parts import is_part_matrix, read_part, stored_mtp_layers
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.kernels.table import Kernels

@@ -14,15 +14,13 @@ from jax.typing import DTypeLike
 
 from qwen_moe_jax.checkpoint.layout import (
     codes_a_byte,
-    is_matrix,
-    is_side,
-    matrix_name,
     matrix_scheme,
     parameter_forms,
     parameter_shapes,
     stored_dtype,
     whole_shape,
 )
+from qwen_moe_jax.checkpoint.names import is_matrix, is_side, matrix_name
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
 from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
 from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, ModelConfig

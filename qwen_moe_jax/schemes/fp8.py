@@ -20,7 +20,7 @@ _FIXED = {
 UNQUANTISED = (
     r".*\.mlp\.gate\Z",
     r".*\.mlp\.shared_expert_gate\Z",
-    r".*\.linear_attn\.in_proj_[ab]\Z",
+    r".*\.linear_attn\.in_proj_(a|b|ba)\Z",
 )
 
 FP8 = Quantization(

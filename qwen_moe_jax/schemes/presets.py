@@ -18,7 +18,7 @@ _ALL = (
     r"re:.*\.mlp\.shared_expert\.(gate|up|down)_proj$",
     r"re:.*\.mlp\.(gate|up|down)_proj$",
     r"re:.*\.self_attn\.[qkvo]_proj$",
-    r"re:.*\.linear_attn\.(in_proj_qkv|in_proj_z|out_proj)$",
+    r"re:.*\.linear_attn\.(in_proj_qkvz?|in_proj_z|out_proj)$",
 )
 
 

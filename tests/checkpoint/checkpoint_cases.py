@@ -14,7 +14,8 @@ from support.configs import random_config
 from support.reference import build_reference
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
-from qwen_moe_jax.checkpoint.layout import is_matrix, parameter_shapes
+from qwen_moe_jax.checkpoint.layout import parameter_shapes
+from qwen_moe_jax.checkpoint.names import is_matrix
 from qwen_moe_jax.checkpoint.reader import read_parameters
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError

@@ -21,7 +21,8 @@ from support.slow import some
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import is_side, parameter_forms, scale_name, zero_name
+from qwen_moe_jax.checkpoint.layout import parameter_forms
+from qwen_moe_jax.checkpoint.names import is_side, scale_name, zero_name
 from qwen_moe_jax.checkpoint.parts import mtp_shapes
 from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
 from qwen_moe_jax.config import ModelConfig

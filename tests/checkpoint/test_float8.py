@@ -18,7 +18,7 @@ from transformers import Qwen3_5MoeForCausalLM
 
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
-from qwen_moe_jax.checkpoint.layout import matrix_name, scale_name
+from qwen_moe_jax.checkpoint.names import matrix_name, scale_name
 from qwen_moe_jax.checkpoint.orbax import stored_arrays
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.formats.block_scaled import BlockScaled

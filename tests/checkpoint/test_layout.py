@@ -10,14 +10,9 @@ from checkpoint_cases import config_of
 from support.configs import random_config
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from qwen_moe_jax.checkpoint.layout import (
-    canonical_name,
-    expert_pieces,
-    hf_key,
-    is_matrix,
-    parameter_shapes,
-    skipped_family,
-)
+from qwen_moe_jax.checkpoint.layout import parameter_shapes
+from qwen_moe_jax.checkpoint.names import canonical_name, hf_key, is_matrix, skipped_family
+from qwen_moe_jax.checkpoint.pieces import expert_pieces
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import abstract_decoder, named_parameters
 from qwen_moe_jax.model.params import DtypePolicy

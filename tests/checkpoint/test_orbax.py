@@ -14,7 +14,7 @@ from checkpoint_cases import TIED_SEED, UNTIED_SEED, config_of, expected_of, ran
 from qwen_moe_jax import QwenMoe
 from qwen_moe_jax.checkpoint import orbax
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import is_matrix
+from qwen_moe_jax.checkpoint.names import is_matrix
 from qwen_moe_jax.checkpoint.orbax import read_orbax, save_orbax, stored_arrays
 from qwen_moe_jax.checkpoint.orbax_folder import is_orbax
 from qwen_moe_jax.checkpoint.writer import write_safetensors

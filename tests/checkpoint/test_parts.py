@@ -17,13 +17,8 @@ from support.parts import (
 
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.inspect import inspect_checkpoint
-from qwen_moe_jax.checkpoint.layout import (
-    PART_PREFIXES,
-    canonical_name,
-    hf_key,
-    parameter_shapes,
-    scale_name,
-)
+from qwen_moe_jax.checkpoint.layout import parameter_shapes
+from qwen_moe_jax.checkpoint.names import PART_PREFIXES, canonical_name, hf_key, scale_name
 from qwen_moe_jax.checkpoint.orbax import save_orbax, stored_arrays
 from qwen_moe_jax.checkpoint.parts import mtp_shapes, part_keys, part_shapes, read_part, visual_shapes
 from qwen_moe_jax.checkpoint.reader import read_parameters

@@ -21,7 +21,7 @@ from support.configs import random_ids
 from support.reference import parameters_float64, reference_logits
 from transformers import Qwen3_5MoeForCausalLM
 
-from qwen_moe_jax.checkpoint.layout import hf_key, is_matrix
+from qwen_moe_jax.checkpoint.names import hf_key, is_matrix
 from qwen_moe_jax.checkpoint.reader import read_parameters
 from qwen_moe_jax.checkpoint.writer import EXTRA_FILES, write_safetensors
 from qwen_moe_jax.config import ModelConfig

@@ -18,7 +18,7 @@ from support.parity import LARGEST_DIFFERENCE
 from support.reference import save_reference
 
 from qwen_moe_jax import QwenMoe, experiments, make_mesh
-from qwen_moe_jax.checkpoint.layout import canonical_name
+from qwen_moe_jax.checkpoint.names import canonical_name
 from qwen_moe_jax.engine.observe import Observer
 from qwen_moe_jax.errors import InputError
 

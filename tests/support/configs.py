@@ -17,6 +17,9 @@ PATTERNS = (
 )
 
 
+QWEN35_MOE = "qwen3_5_moe_text"
+MODEL_TYPES = (QWEN35_MOE, "qwen3_5_text", "qwen3_next", "qwen3_moe", "qwen2_moe")
+
 _EXPERTS = (
     "num_experts",
     "num_experts_per_tok",
@@ -28,9 +31,28 @@ _EXPERTS = (
 def family_config(model_type: str, seed: int) -> dict[str, Any]:
     """The dictionary of a text-only config.json of a family, drawn as of `random_config`."""
     config = random_config(seed) | {"model_type": model_type}
+    if model_type == QWEN35_MOE:
+        return config
+    config["intermediate_size"] = (20, 44, 31, 64)[seed % 4]
     if model_type == "qwen3_5_text":
-        config = {key: value for key, value in config.items() if key not in _EXPERTS}
-        config["intermediate_size"] = (20, 44, 31, 64)[seed % 4]
+        return {key: value for key, value in config.items() if key not in _EXPERTS}
+    layers = config["num_hidden_layers"]
+    config["mlp_only_layers"] = ([], [layers - 1], [], [0])[seed % 4]
+    config["decoder_sparse_step"] = 2 if seed % 5 == 2 and layers > 2 else 1
+    config["norm_topk_prob"] = seed % 3 != 1
+    rope = config["rope_parameters"] = dict(config["rope_parameters"])
+    del rope["mrope_section"], rope["mrope_interleaved"]
+    if model_type == "qwen3_next":
+        return config
+    del rope["partial_rotary_factor"], config["layer_types"]
+    config = {key: value for key, value in config.items() if not key.startswith("linear_")}
+    if model_type == "qwen3_moe":
+        del config["shared_expert_intermediate_size"]
+        return config
+    del config["attention_bias"]
+    config["qkv_bias"] = seed % 5 != 4
+    if seed % 2:
+        config["hidden_size"] = config["num_attention_heads"] * config.pop("head_dim")
     return config
 
 

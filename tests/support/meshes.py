@@ -19,7 +19,7 @@ import numpy as np
 from qwen_moe_jax import QwenMoe, make_mesh
 from qwen_moe_jax.engine.shapes import right_pad
 from support import oracle, parity
-from support.configs import random_ids
+from support.configs import QWEN35_MOE, random_ids
 from support.reference import save_reference
 
 PROMPT_LENGTHS = (13, 5, 16, 9, 16, 11, 3, 14)  # one compiled chunk of 16
@@ -99,9 +99,9 @@ def run(model: QwenMoe, rows: list[np.ndarray]) -> Run:
 
 
 @functools.cache
-def mesh_case(seed: int) -> MeshCase:
+def mesh_case(seed: int, model_type: str = QWEN35_MOE) -> MeshCase:
     """Made once a process."""
-    built = parity.random_model(seed)
+    built = parity.random_model(seed, model_type)
     folder = save_reference(built.reference, Path(tempfile.mkdtemp()))
     model = QwenMoe.from_pretrained(folder, dtype=jnp.float32)
     for draw in range(20):
@@ -118,10 +118,12 @@ def mesh_case(seed: int) -> MeshCase:
     raise RuntimeError(f"seed {seed}: twenty draws all have router ties")
 
 
-def on_mesh(seed: int, data: int, expert: int, tensor: int, **layout: Any) -> QwenMoe:
+def on_mesh(
+    seed: int, data: int, expert: int, tensor: int, model_type: str = QWEN35_MOE, **layout: Any
+) -> QwenMoe:
     """The case's model in float32 on a mesh."""
     mesh = make_mesh(data=data, expert=expert, tensor=tensor)
-    return QwenMoe.from_pretrained(mesh_case(seed).folder, dtype=jnp.float32, mesh=mesh, **layout)
+    return QwenMoe.from_pretrained(mesh_case(seed, model_type).folder, dtype=jnp.float32, mesh=mesh, **layout)
 
 
 def factorisations(devices: int) -> Iterator[tuple[int, int, int]]:

@@ -16,6 +16,9 @@ import numpy as np
 
 Params = Mapping[str, np.ndarray]
 
+# Model types with plain norms and attention without a gate.
+PLAIN = ("qwen2_moe", "qwen3_moe")
+
 L2_EPS = 1e-6  # inside the square root of the q and k normalisation of the delta rule
 
 
@@ -52,20 +55,21 @@ def forward(config: Any, params: Params, input_ids: Any, positions: np.ndarray |
     if positions is None:
         positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
     cos, sin = rotation(c, positions)
-    eps = c["rms_norm_eps"]
+    eps, centre = c["rms_norm_eps"], norm_centre(c)
 
     x = params["embed_tokens.weight"][ids]
     margin = np.full(len(ids), np.inf)
-    for i, kind in enumerate(c["layer_types"]):
+    kinds = c.get("layer_types") or ["full_attention"] * c["num_hidden_layers"]
+    for i, kind in enumerate(kinds):
         layer = _under(params, f"layers.{i}.")
-        normed = rms_norm(x, layer["input_layernorm.weight"], eps)
+        normed = rms_norm(x, layer["input_layernorm.weight"], eps, centre)
         if kind == "full_attention":
             x = x + gated_attention(c, _under(layer, "self_attn."), normed, cos, sin)
         elif kind == "linear_attention":
             x = x + gated_delta_net(c, _under(layer, "linear_attn."), normed)
         else:
             raise ValueError(f"unknown layer type {kind!r}")
-        normed = rms_norm(x, layer["post_attention_layernorm.weight"], eps)
+        normed = rms_norm(x, layer["post_attention_layernorm.weight"], eps, centre)
         mlp = _under(layer, "mlp.")
         if "gate_proj.weight" in mlp:  # a dense layer
             x = x + _mlp(normed, *(mlp[f"{name}_proj.weight"] for name in ("gate", "up", "down")))
@@ -73,7 +77,7 @@ def forward(config: Any, params: Params, input_ids: Any, positions: np.ndarray |
         mixed, layer_margin = mixture_of_experts(c, mlp, normed)
         x = x + mixed
         margin = np.minimum(margin, layer_margin)
-    x = rms_norm(x, params["norm.weight"], eps)
+    x = rms_norm(x, params["norm.weight"], eps, centre)
     head = params["embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"]
     return Truth(logits=x @ head.T, router_margin=margin)
 
@@ -103,15 +107,25 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Zero-centred: a weight of 0 scales by one."""
-    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * (1.0 + weight)
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, centre: float = 1.0) -> np.ndarray:
+    """Zero-centred unless told otherwise: a weight of 0 scales by one."""
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * (centre + weight)
+
+
+def norm_centre(c: Mapping[str, Any]) -> float:
+    """What is added to the weights of norms."""
+    return 0.0 if c.get("model_type") in PLAIN else 1.0
+
+
+def head_dim(c: Mapping[str, Any]) -> int:
+    """Width of an attention head."""
+    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
 
 
 def rotation(c: Mapping[str, Any], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [seq, rotary_dim / 2] for positions [3, seq] (temporal, height, width)."""
     rope = c["rope_parameters"]
-    dim = int(c["head_dim"] * rope["partial_rotary_factor"])
+    dim = int(head_dim(c) * rope.get("partial_rotary_factor", 1.0))
     frequency = rope["rope_theta"] ** (-2.0 * np.arange(dim // 2) / dim)
     scale = 1.0
     if rope["rope_type"] == "yarn":
@@ -120,7 +134,7 @@ def rotation(c: Mapping[str, Any], positions: np.ndarray) -> tuple[np.ndarray, n
         raise ValueError(f"unknown rope type {rope['rope_type']!r}")
     # Interleaved MRoPE: frequency i turns with height where i = 1, 4, 7, ... and with width where
     # i = 2, 5, 8, ..., each below three times its section; with time everywhere else.
-    _, height, width = rope["mrope_section"]
+    _, height, width = rope.get("mrope_section", (0, 0, 0))
     i = np.arange(dim // 2)
     axis = np.where((i % 3 == 1) & (i < 3 * height), 1, np.where((i % 3 == 2) & (i < 3 * width), 2, 0))
     angle = positions[axis].T * frequency
@@ -166,15 +180,19 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 def gated_attention(
     c: Mapping[str, Any], p: Params, x: np.ndarray, cos: np.ndarray, sin: np.ndarray
 ) -> np.ndarray:
-    """Causal softmax attention with q/k norm, grouped KV heads and a sigmoid output gate."""
-    seq, dim, eps = len(x), c["head_dim"], c["rms_norm_eps"]
-    # q_proj's rows are, head by head, that head's query and then that head's gate.
-    query_gate = (x @ p["q_proj.weight"].T).reshape(seq, -1, 2, dim)
-    query, gate = query_gate[:, :, 0], query_gate[:, :, 1]
-    key = (x @ p["k_proj.weight"].T).reshape(seq, -1, dim)
-    value = (x @ p["v_proj.weight"].T).reshape(seq, -1, dim)
-    query = rotate(rms_norm(query, p["q_norm.weight"], eps), cos, sin)
-    key = rotate(rms_norm(key, p["k_norm.weight"], eps), cos, sin)
+    """Causal softmax attention with grouped KV heads; by model type biases, q/k norm and an output gate."""
+    seq, dim, eps, gate = len(x), head_dim(c), c["rms_norm_eps"], None
+    query, key, value = (
+        (x @ p[f"{name}_proj.weight"].T + p.get(f"{name}_proj.bias", 0.0)).reshape(seq, -1, dim)
+        for name in "qkv"
+    )
+    if c.get("model_type") not in PLAIN:
+        # q_proj's rows are, head by head, that head's query and then that head's gate.
+        query, gate = query[:, 0::2], query[:, 1::2]
+    if "q_norm.weight" in p:
+        query = rms_norm(query, p["q_norm.weight"], eps, norm_centre(c))
+        key = rms_norm(key, p["k_norm.weight"], eps, norm_centre(c))
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
 
     future = np.triu(np.ones((seq, seq), bool), 1)
     queries_a_key = c["num_attention_heads"] // c["num_key_value_heads"]
@@ -183,7 +201,8 @@ def gated_attention(
         shared = head // queries_a_key
         scores = query[:, head] @ key[:, shared].T / math.sqrt(dim)
         mixed[:, head] = softmax(np.where(future, -np.inf, scores)) @ value[:, shared]
-    return (mixed * sigmoid(gate)).reshape(seq, -1) @ p["o_proj.weight"].T
+    mixed = mixed if gate is None else mixed * sigmoid(gate)
+    return mixed.reshape(seq, -1) @ p["o_proj.weight"].T
 
 
 def gated_delta_net(c: Mapping[str, Any], p: Params, x: np.ndarray) -> np.ndarray:
@@ -192,7 +211,7 @@ def gated_delta_net(c: Mapping[str, Any], p: Params, x: np.ndarray) -> np.ndarra
     key_heads, value_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
     key_dim, value_dim = c["linear_key_head_dim"], c["linear_value_head_dim"]
 
-    inputs = x @ p["in_proj_qkv.weight"].T
+    inputs, z, b, a = _projections(c, p, x)
     taps = p["conv1d.weight"][:, 0]  # [channels, kernel], the last tap meets the current token
     kernel = taps.shape[1]
     padded = np.concatenate([np.zeros((kernel - 1, inputs.shape[1])), inputs])
@@ -203,13 +222,27 @@ def gated_delta_net(c: Mapping[str, Any], p: Params, x: np.ndarray) -> np.ndarra
     key = _unit(key.reshape(seq, key_heads, key_dim))
     value = value.reshape(seq, value_heads, value_dim)
     served_by = np.arange(value_heads) // (value_heads // key_heads)  # value head -> its key head
-    beta = sigmoid(x @ p["in_proj_b.weight"].T)
-    log_decay = -np.exp(p["A_log"]) * softplus(x @ p["in_proj_a.weight"].T + p["dt_bias"])
+    beta = sigmoid(b)
+    log_decay = -np.exp(p["A_log"]) * softplus(a + p["dt_bias"])
 
     output = delta_rule(query[:, served_by], key[:, served_by], value, log_decay, beta)
-    z = (x @ p["in_proj_z.weight"].T).reshape(seq, value_heads, value_dim)
+    z = z.reshape(seq, value_heads, value_dim)
     rms = np.sqrt((output**2).mean(axis=-1, keepdims=True) + c["rms_norm_eps"])
     return (output / rms * p["norm.weight"] * silu(z)).reshape(seq, -1) @ p["out_proj.weight"].T
+
+
+def _projections(c: Mapping[str, Any], p: Params, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(queries, keys and values, z, b, a), each [seq, rows]; Qwen3-Next fuses them, head by head."""
+    if "in_proj_qkv.weight" in p:
+        return tuple(x @ p[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a"))
+    heads, key = c["linear_num_key_heads"], c["linear_key_head_dim"]
+    served = c["linear_num_value_heads"] // heads
+    values = served * c["linear_value_head_dim"]
+    qkvz, ba = ((x @ p[f"in_proj_{name}.weight"].T).reshape(len(x), heads, -1) for name in ("qkvz", "ba"))
+    q, k, v, z = np.split(qkvz, np.cumsum([key, key, values]), axis=2)
+    b, a = np.split(ba, [served], axis=2)
+    q, k, v, z, b, a = (part.reshape(len(x), -1) for part in (q, k, v, z, b, a))
+    return np.concatenate([q, k, v], axis=1), z, b, a
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -236,12 +269,17 @@ def delta_rule(
 
 
 def mixture_of_experts(c: Mapping[str, Any], p: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Top-k experts with renormalised weights plus the gated shared expert; and the router's margin [seq]."""
+    """Top-k experts, plus the gated shared expert where there is one; and the router's margin [seq].
+
+    The weights are the softmax over all experts, renormalised where `norm_topk_prob` says so.
+    """
     top_k, num_experts = c["num_experts_per_tok"], c["num_experts"]
     logits = x @ p["gate.weight"].T
     order = np.argsort(-logits, axis=1, kind="stable")
     chosen = order[:, :top_k]
-    weights = softmax(np.take_along_axis(logits, chosen, axis=1))  # = softmax over all, renormalised
+    weights = np.take_along_axis(softmax(logits), chosen, axis=1)
+    if c.get("norm_topk_prob", c.get("model_type") not in PLAIN):
+        weights = weights / weights.sum(axis=1, keepdims=True)
     margin = np.full(len(x), np.inf)
     if top_k < num_experts:
         ranked = np.take_along_axis(logits, order[:, top_k - 1 : top_k + 1], axis=1)
@@ -252,6 +290,8 @@ def mixture_of_experts(c: Mapping[str, Any], p: Params, x: np.ndarray) -> tuple[
         token, rank = np.nonzero(chosen == expert)
         gate, up = np.split(p["experts.gate_up_proj"][expert], 2)
         output[token] += weights[token, rank, None] * _mlp(x[token], gate, up, p["experts.down_proj"][expert])
+    if "shared_expert_gate.weight" not in p:
+        return output, margin
     shared = _mlp(x, *(p[f"shared_expert.{name}_proj.weight"] for name in ("gate", "up", "down")))
     return output + sigmoid(x @ p["shared_expert_gate.weight"].T) * shared, margin
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from support import oracle
-from support.configs import random_config, random_ids
+from support.configs import QWEN35_MOE, family_config, random_ids
 from support.reference import build_reference, parameters_float64, reference_greedy, reference_logits
 
 # The bar. The reference in float32 is itself 1e-7 to 2e-4 (largest) from the truth on such models.
@@ -52,12 +52,14 @@ class Case:
         ids: the prompt, int64 [length].
         truth: float64 logits [length, vocab].
         router_margin: the truth's smallest, over tokens and layers (inf where every expert is chosen).
+        model_type: of the configuration.
     """
 
     seed: int
     ids: np.ndarray
     truth: np.ndarray
     router_margin: float
+    model_type: str = QWEN35_MOE
 
     @property
     def router_tie(self) -> bool:
@@ -68,9 +70,9 @@ class Case:
 class RandomModel:
     """The reference with a seed's configuration and weights, and the truth about it."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, model_type: str = QWEN35_MOE):
         self.seed = seed
-        self.config: dict[str, Any] = random_config(seed)
+        self.config: dict[str, Any] = family_config(model_type, seed)
         self.reference = build_reference(self.config, seed)
         self.params = parameters_float64(self.reference)
 
@@ -79,7 +81,8 @@ class RandomModel:
         for draw in range(20):
             ids = random_ids(self.config, length, self.seed + 1000 * draw)
             truth = oracle.forward(self.config, self.params, ids)
-            case = Case(self.seed, ids, truth.logits, float(truth.router_margin.min()))
+            margin = float(truth.router_margin.min())
+            case = Case(self.seed, ids, truth.logits, margin, self.config["model_type"])
             yield case
             if not case.router_tie:
                 return
@@ -171,16 +174,16 @@ def compare_greedy(
 
 
 @functools.cache
-def random_model(seed: int) -> RandomModel:
+def random_model(seed: int, model_type: str = QWEN35_MOE) -> RandomModel:
     """Built once a process."""
-    return RandomModel(seed)
+    return RandomModel(seed, model_type)
 
 
 def reference_on(case: Case) -> np.ndarray:
     """The reference's own float32 logits [length, vocab]."""
-    return reference_logits(random_model(case.seed).reference, case.ids)[0]
+    return reference_logits(random_model(case.seed, case.model_type).reference, case.ids)[0]
 
 
 def reference_tokens(case: Case) -> list[int]:
     """The reference's greedy continuation."""
-    return reference_greedy(random_model(case.seed).reference, case.ids, GREEDY_TOKENS)
+    return reference_greedy(random_model(case.seed, case.model_type).reference, case.ids, GREEDY_TOKENS)

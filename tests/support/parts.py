@@ -17,7 +17,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 
 from qwen_moe_jax.checkpoint.block_scales import quantize
-from qwen_moe_jax.checkpoint.layout import canonical_name
+from qwen_moe_jax.checkpoint.names import canonical_name
 from support.configs import random_config
 from support.float8 import is_block_scaled
 from support.reference import build_reference

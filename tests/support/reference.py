@@ -1,6 +1,7 @@
 """The reference model of `transformers`: built at random, run in float32, bfloat16 or true float64, saved."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     modeling_rope_utils,
 )
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.utils import logging
+
+from support.oracle import norm_centre
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -26,6 +34,9 @@ logging.set_verbosity_error()  # each fallback to plain PyTorch is announced oth
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
     "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
 }
 
 
@@ -64,8 +75,10 @@ def _perturb(model: Qwen3_5MoeForCausalLM, generator: torch.Generator) -> None:
             new = normal(weight, fan_in**-0.5)
         elif name.endswith("linear_attn.norm.weight"):
             new = normal(weight, 0.3, 1.0)
-        elif name.endswith("norm.weight"):  # zero-centred, q_norm and k_norm among them
-            new = normal(weight, 0.3)
+        elif name.endswith("norm.weight"):  # q_norm and k_norm among them
+            new = normal(weight, 0.3, 1.0 - norm_centre(model.config.to_dict()))
+        elif name.endswith(".bias"):
+            new = normal(weight, 0.5)
         elif name.endswith("embed_tokens.weight"):
             new = normal(weight, 1.5 * fan_in**-0.5 if tied else 1.0)
         elif name.endswith("lm_head.weight"):
@@ -111,7 +124,7 @@ def reference_greedy(model: Qwen3_5MoeForCausalLM, ids: Any, new_tokens: int) ->
     how many tokens it holds when none of its layers keeps keys.
     """
     seen = torch.as_tensor(np.atleast_2d(np.asarray(ids)), dtype=torch.long)
-    cached = "full_attention" in model.config.layer_types
+    cached = "full_attention" in getattr(model.config, "layer_types", ["full_attention"])
     cache, step, tokens = None, seen, []
     for _ in range(new_tokens):
         out = model(input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1)
@@ -141,16 +154,17 @@ def float64_reference(
     `model.double()` is not enough: the norms, the delta rule, the router and the softmax cast to float32 by
     name. Within this context that name means float64 in the reference's modules.
     """
-    modules = (modeling_qwen3_5_moe, modeling_rope_utils)
+    config_class, model_class = _CLASSES[config.get("model_type", "qwen3_5_moe_text")]
+    modules = (sys.modules[model_class.__module__], modeling_rope_utils)
     proxy = _Float64Torch()
     try:
         for module in modules:
             module.torch = proxy
         torch.Tensor.float = torch.Tensor.double
         given = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
-        twin_config = Qwen3_5MoeTextConfig(**given, attn_implementation="eager")
+        twin_config = config_class(**given, attn_implementation="eager")
         twin_config._experts_implementation = "eager"
-        twin = Qwen3_5MoeForCausalLM(twin_config).double().eval()
+        twin = model_class(twin_config).double().eval()
         twin.load_state_dict(model.state_dict())
         if twin.model.rotary_emb.inv_freq.dtype != torch.float64:
             raise RuntimeError("the rotary frequencies of the float64 reference are not float64")
