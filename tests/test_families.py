@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from support.reference import (
     save_reference,
 )
 from support.slow import some
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen_moe_jax import QwenMoe, make_mesh
+from qwen_moe_jax import QwenMoe, families, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import matrix_scheme
 from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
@@ -206,6 +208,23 @@ def test_a_value_of_config_json_means_what_it_does_to_the_reference(
     assert found == value
 
 
+def test_the_family_that_the_guide_adds_says_what_its_reference_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "families.md").read_text()
+    code = textwrap.dedent(guide.split("```python\n")[1].split("```")[0])
+    added: dict[str, Any] = {}
+    exec(code, added)  # as a reader would write it to a file
+    monkeypatch.setitem(families._BY_TYPE, "qwen3", added["FAMILY"])
+    torch.manual_seed(0)
+    given = family_config("qwen3_moe", 2)
+    reference = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in given.items() if "expert" not in k})).eval()
+    model = QwenMoe.from_pretrained(save_reference(reference, tmp_path), dtype=jnp.float32)
+    ids = random_ids(given, 40, 0)
+    ours, theirs = np.asarray(model.logits(ids[None])), reference_logits(reference, ids)
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() <= parity.LARGEST_DIFFERENCE
+
+
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_what_is_written_is_what_the_reference_wrote(model_type: str, tmp_path: Path) -> None:
     """`save_pretrained` and Orbax, each read again: every tensor equal, those that are fused among them."""
@@ -220,7 +239,7 @@ def test_what_is_written_is_what_the_reference_wrote(model_type: str, tmp_path: 
     np.testing.assert_array_equal(converted.logits(ids), loaded(model_type, 0).logits(ids))
 
 
-# Whole groups of 16 columns; and blocks of 128 rows end with the rows of a head, as a fused projection needs it.
+# Whole groups of 16 columns; blocks of 128 rows end with the rows of a head, which a fused projection needs.
 WHOLE_GROUPS = {
     "hidden_size": 128,
     "head_dim": 16,

@@ -26,7 +26,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser, sizes: argparse
     command.set_defaults(run=_toolchain)
 
     planning = argparse.ArgumentParser(add_help=False)
-    planning.add_argument("model", help="checkpoint folder, config.json, or a released size: 35b, 122b, 397b")
+    planning.add_argument(
+        "model", help="checkpoint folder, config.json, or a released size: 35b, 397b, 80b ..."
+    )
     planning.add_argument("--device", default="mi355x", help="mi300x, mi325x or mi355x (default mi355x)")
     planning.add_argument("--count", type=int, help="devices")
     planning.add_argument("--batch", type=int, default=64, help="rows of the whole mesh (default 64)")

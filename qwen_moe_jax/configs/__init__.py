@@ -1,12 +1,16 @@
 """The configurations of the released models, to plan and compile for without a checkpoint at hand.
 
-Sources: 35B-A3B, the defaults of transformers' `Qwen3_5MoeTextConfig` (5.23.0), which are this model's, with
-the rotary base, the most positions and the ends of a text of its release. 122B-A10B and 397B-A17B,
-*reported*: sizes from public descriptions of the checkpoints, not read from their files. So a checkpoint's
-own config.json always wins (`find_config`), and loading a checkpoint never looks here.
+Sources. Defaults of transformers 5.23.0, which are a model's: Qwen3.5-35B-A3B, Qwen3.5-9B, Qwen3-Next-80B-A3B
+and Qwen1.5-MoE-A2.7B, with the rotary base, the most positions and the ends of a text of their releases.
+Training recipes of THUDM/slime (`scripts/models`): Qwen3.5-0.8B and 27B, Qwen3-30B-A3B, 235B-A22B and
+Coder-480B-A35B, Qwen3-Next-80B-A3B. A test of NVIDIA/TensorRT-LLM that repeats the file: Qwen2-57B-A14B.
+*Reported*, from public descriptions: Qwen3.5-4B, 122B-A10B and 397B-A17B. None was read from its checkpoint;
+each has as many parameters as its name says. So a checkpoint's own config.json always wins (`find_config`),
+and loading a checkpoint never looks here.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 from qwen_moe_jax.config import ModelConfig
@@ -14,7 +18,21 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.schemes.presets import of_dtype
 
 _FOLDER = Path(__file__).parent
-_NAMES = ("qwen3.5-35b-a3b", "qwen3.5-122b-a10b", "qwen3.5-397b-a17b")
+_NAMES = (
+    "qwen3.5-0.8b",
+    "qwen3.5-4b",
+    "qwen3.5-9b",
+    "qwen1.5-moe-a2.7b",
+    "qwen3.5-27b",
+    "qwen3-30b-a3b",
+    "qwen3.5-35b-a3b",
+    "qwen2-57b-a14b",
+    "qwen3-next-80b-a3b",
+    "qwen3.5-122b-a10b",
+    "qwen3-235b-a22b",
+    "qwen3.5-397b-a17b",
+    "qwen3-coder-480b-a35b",
+)
 
 
 def released() -> tuple[str, ...]:
@@ -34,10 +52,17 @@ def released_config(name: str) -> ModelConfig:
     """
     wanted = str(name).lower().rsplit("/", 1)[-1]
     for full in _NAMES:
-        short = full.removeprefix("qwen3.5-")
-        if wanted in (full, short, short.split("-")[0]):
+        _, _, short = full.partition("-")
+        if wanted in (full, short, short_name(full)):
             return ModelConfig.from_file(_FOLDER / f"{full}.json")
-    raise InputError(f"model is {name!r}; expected one of {', '.join(_NAMES)} (or 35b, 122b, 397b).")
+    raise InputError(
+        f"model is {name!r}; expected one of {', '.join(_NAMES)} (or {', '.join(map(short_name, _NAMES))})."
+    )
+
+
+def short_name(full: str) -> str:
+    """The size in a released model's name: "397b"."""
+    return next(part for part in full.split("-")[1:] if re.fullmatch(r"a?[\d.]+b", part))
 
 
 def find_config(path_or_name: str | Path, *, dtype: str | None = None) -> ModelConfig:

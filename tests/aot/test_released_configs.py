@@ -12,14 +12,14 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
-from qwen_moe_jax.configs import find_config, released, released_config
+from qwen_moe_jax.configs import find_config, released, released_config, short_name
 from qwen_moe_jax.errors import CheckpointNotFoundError, InputError
 from qwen_moe_jax.formats.cache import PAGE, DeltaNetCache, KVCache, empty_cache
 from qwen_moe_jax.schemes.fp8 import FP8
 
 KIB, MIB = 1 << 10, 1 << 20
-# The names give whole billions; those of the 35B count its embedding.
-NAMED_SIZE = 0.015
+# The names give whole billions: 30.5 are called 30.
+NAMED_SIZE = 0.02
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,14 @@ NAMED_SIZE = 0.015
         ("35b", (30, 10), 8192, 20 * KIB, 60 * MIB, 35),
         ("122b", (36, 12), 12288, 24 * KIB, 144 * MIB, 122),
         ("397b", (45, 15), 12288, 30 * KIB, 180 * MIB, 397),
+        ("80b", (36, 12), 8192, 24 * KIB, 72 * MIB, 80),
+        ("27b", (48, 16), 10240, 64 * KIB, 144 * MIB, 27),
+        ("235b", (0, 94), 0, 188 * KIB, 0, 235),
+        ("57b", (0, 28), 0, 56 * KIB, 0, 57.4),
     ],
 )
 def test_sizes_are_those_that_the_models_are_known_for(
-    name: str, layers: tuple[int, int], channels: int, kv: int, state: int, billions: int
+    name: str, layers: tuple[int, int], channels: int, kv: int, state: int, billions: float
 ) -> None:
     config = released_config(name)
     full = config.layer_types.count(FULL_ATTENTION)
@@ -48,12 +52,24 @@ def test_sizes_are_those_that_the_models_are_known_for(
 
 
 @pytest.mark.parametrize("name", released())
-def test_what_the_models_have_in_common(name: str) -> None:
+def test_a_model_has_as_many_parameters_as_its_name_says(name: str) -> None:
+    parameters = sum(prod(shape) for shape in parameter_shapes(released_config(name)).values())
+    size = short_name(name).removesuffix("b")
+    billions = 14.3 if size == "a2.7" else float(size)  # that one is named for what a token uses
+    # "0.8B" counts a vision tower, and one digit says no more than this of a small one
+    assert parameters == pytest.approx(billions * 1e9, rel=NAMED_SIZE if billions > 10 else 0.07)
+
+
+QWEN35 = [name for name in released() if name.startswith("qwen3.5-")]
+
+
+@pytest.mark.parametrize("name", QWEN35)
+def test_what_the_models_of_qwen35_have_in_common(name: str) -> None:
     config = released_config(name)
     assert config.vocab_size == 248320
     assert config.max_position_embeddings == 262144
     assert config.eos_token_ids == (248044, 248046)
-    assert not config.tie_word_embeddings
+    assert config.tie_word_embeddings == (short_name(name) in ("0.8b", "4b"))
     assert config.quantization is None
     assert config.dtype == "bfloat16"
     assert (config.rope.kind, config.rope.theta, config.rotary_dim) == ("default", 1e7, 64)
@@ -82,12 +98,12 @@ def test_the_397b_has_the_sizes_that_other_tests_take_it_to_have() -> None:
     "name", ["qwen3.5-397b-a17b", "Qwen3.5-397B-A17B", "Qwen/Qwen3.5-397B-A17B", "397B-A17B", "397b", "397B"]
 )
 def test_short_names_in_any_case_are_enough(name: str) -> None:
-    assert released_config(name) == released_config(released()[2])
+    assert released_config(name) == released_config("qwen3.5-397b-a17b")
 
 
-@pytest.mark.parametrize("name", ["397", "b", "", "qwen3.5", "qwen3-235b", "a17b", "397b-a10b"])
+@pytest.mark.parametrize("name", ["397", "b", "", "qwen3.5", "qwen3-236b", "a17b", "397b-a10b"])
 def test_an_unknown_name_is_refused_with_those_there_are(name: str) -> None:
-    with pytest.raises(InputError, match=r"expected one of qwen3\.5-35b-a3b, .*, qwen3\.5-397b-a17b"):
+    with pytest.raises(InputError, match=r"expected one of qwen3\.5-0\.8b, .*, qwen3\.5-397b-a17b"):
         released_config(name)
 
 
