@@ -107,14 +107,14 @@ class Transformers:
 
     def __init__(self, folder: Path, dtype: str, threads: int, kernels: str):
         import torch
-        from transformers import Qwen3_5MoeForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self.torch = torch
-        self.model = Qwen3_5MoeForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.vocab_size = self.model.config.vocab_size
 
     def seconds(self, job: Job, ids: np.ndarray, first: np.ndarray) -> float:

@@ -1,13 +1,14 @@
-"""Writes a Qwen3.5 MoE checkpoint with random weights, to measure speed and memory on.
+"""Writes a checkpoint with random weights, to measure speed and memory on.
 
-    python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16] [--mtp]
+    python benchmarks/make_checkpoint.py mid FOLDER [--dtype bfloat16] [--mtp] [--model-type qwen3_moe]
 
 `mid` has 12 layers, 64 experts (top-8) and 768 million parameters, of which a token uses 206 million;
 `large` four layers of the 35B's shapes with a small vocabulary, 3.5 billion parameters, of which a token uses
 311 million;
 `35b-slice` four layers of the 35B in their exact shapes (7.5 GB in bfloat16); `397b-narrow` the 60 layers
-and 512 experts of the 397B at a sixteenth of its width. `tiny` only tries the benchmarks themselves. There is
-no tokenizer: the benchmarks feed token ids.
+and 512 experts of the 397B at a sixteenth of its width. `tiny` only tries the benchmarks themselves. Other
+model types than Qwen3.5 MoE have what they have of the same sizes. There is no tokenizer: the benchmarks feed
+token ids.
 """
 
 import argparse
@@ -18,20 +19,26 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sizes import MROPE_SECTION, SIZES
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from sizes import MROPE_SECTION, SIZES, family_sizes
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+)
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
-NORM_SPREAD = 0.02  # the zero-centred norms are all zero at initialisation
+NORM_SPREAD = 0.02  # norms all scale by one at initialisation
 
 
 _QUICKLY = ("large", "35b-slice", "397b-narrow")
 
 
-def _quickly_filled(config: Qwen3_5MoeTextConfig, dtype: torch.dtype) -> Qwen3_5MoeForCausalLM:
+def _quickly_filled(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model whose matrices repeat a few random numbers, since drawing billions takes minutes."""
     with torch.device("meta"):
-        model = Qwen3_5MoeForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model = model.to(dtype).to_empty(device="cpu")
     model.tie_weights()
     drawn = (0.02 * torch.randn(1 << 22)).to(dtype)
@@ -44,20 +51,22 @@ def _quickly_filled(config: Qwen3_5MoeTextConfig, dtype: torch.dtype) -> Qwen3_5
 
 
 @torch.no_grad()
-def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
+def make_checkpoint(
+    size: str, folder: Path, dtype: str, seed: int = 0, model_type: str = "qwen3_5_moe_text"
+) -> int:
     """Writes the checkpoint; returns its number of parameters."""
     torch.manual_seed(seed)
-    sizes = SIZES[size]
-    config = Qwen3_5MoeTextConfig(
+    sizes = family_sizes(size, model_type)
+    rope = {"rope_type": "default", "rope_theta": 1e7}
+    if "linear_num_key_heads" in sizes:
+        rope["partial_rotary_factor"] = 0.25
+    if model_type.startswith("qwen3_5"):
+        rope |= {"mrope_section": MROPE_SECTION[sizes["head_dim"]], "mrope_interleaved": True}
+    config = AutoConfig.for_model(
+        model_type,
         **sizes,
         max_position_embeddings=32768,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e7,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": MROPE_SECTION[sizes["head_dim"]],
-            "mrope_interleaved": True,
-        },
+        rope_parameters=rope,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
@@ -66,10 +75,10 @@ def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0) -> int:
     if size in _QUICKLY:
         model = _quickly_filled(config, getattr(torch, dtype))
     else:
-        model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight") and "linear_attn" not in name:
-            weight.normal_(0, NORM_SPREAD)
+            weight.normal_(1.0 if model_type in ("qwen2_moe", "qwen3_moe") else 0.0, NORM_SPREAD)
     model.save_pretrained(folder, max_shard_size="1GB")
     return sum(weight.numel() for weight in model.parameters())
 
@@ -111,9 +120,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model-type", default="qwen3_5_moe_text")
     parser.add_argument("--mtp", action="store_true", help="with a layer of multi-token prediction")
     args = parser.parse_args()
-    count = make_checkpoint(args.size, args.folder, args.dtype, args.seed)
+    count = make_checkpoint(args.size, args.folder, args.dtype, args.seed, args.model_type)
     if args.mtp:
         add_mtp(args.folder)
     print(f"{args.folder}: {count / 1e6:.1f} million parameters in {args.dtype}")

@@ -72,3 +72,17 @@ SIZES: dict[str, dict[str, Any]] = {
 SIZES["35b-slice"] = SIZES["large"] | {"vocab_size": 248320, "tie_word_embeddings": True}
 # head_dim -> temporal, height, width frequencies
 MROPE_SECTION = {16: [2, 0, 0], 32: [2, 1, 1], 128: [6, 5, 5], 256: [11, 11, 10]}
+
+
+def family_sizes(size: str, model_type: str) -> dict[str, Any]:
+    """What a model type has of the sizes of `SIZES`; dense MLPs are as wide as 16 experts."""
+    found = dict(SIZES[size])
+    if model_type == "qwen3_5_moe_text":
+        return found
+    found["intermediate_size"] = 16 * found["moe_intermediate_size"]
+    absent = {
+        "qwen3_5_text": ("num_experts", "moe_", "shared_"),
+        "qwen3_moe": ("linear_", "shared_"),
+        "qwen2_moe": ("linear_",),
+    }.get(model_type, ())
+    return {key: value for key, value in found.items() if not key.startswith(absent)}

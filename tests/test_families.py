@@ -29,6 +29,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qwen_moe_jax import QwenMoe, families, make_mesh
 from qwen_moe_jax.checkpoint.convert import convert_checkpoint
 from qwen_moe_jax.checkpoint.layout import matrix_scheme
+from qwen_moe_jax.checkpoint.parts import mtp_shapes, read_part
 from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError, InputError
@@ -101,6 +102,33 @@ def test_rows_of_a_batch_and_of_a_warm_cache_say_what_each_says_alone(model_type
         alone = [engine.submit(p, max_new_tokens=8).result().sequences[0] for p in prompts]
     for _ in range(2):
         assert model.generate(prompts, max_new_tokens=8).sequences == alone
+
+
+@pytest.mark.parametrize("model_type", [DENSE, "qwen3_next"])
+def test_drafts_change_nothing_and_go_with_the_files(model_type: str, tmp_path: Path) -> None:
+    """Multi-token prediction of random weights: what it drafts seldom holds, and never changes a token."""
+    folder = Path(shutil.copytree(saved(model_type, 0), tmp_path / "with"))
+    generator = torch.Generator().manual_seed(0)
+    config = ModelConfig.from_file(folder)
+    mtp = {
+        f"mtp.{name}": 0.3 * torch.randn(shape, generator=generator)
+        for name, shape in mtp_shapes(config, 1).items()
+    }
+    save_file(load_file(folder / "model.safetensors") | mtp, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    if model_type == DENSE:  # the other says nothing of it
+        (folder / "config.json").write_text(json.dumps(raw | {"mtp_num_hidden_layers": 1}))
+    drafting = QwenMoe.from_pretrained(folder, dtype=jnp.float32, draft_tokens=2)
+    prompts = [random_ids(raw, n, n).tolist() for n in (5, 30)]
+    out = drafting.generate(prompts, max_new_tokens=12)
+    assert out.sequences == loaded(model_type, 0).generate(prompts, max_new_tokens=12).sequences
+    assert out.usage.drafted_tokens > 0
+    drafting.save_pretrained(tmp_path / "again")
+    convert_checkpoint(tmp_path / "again", tmp_path / "orbax")
+    for copy in ("again", "orbax"):
+        found, _ = read_part(tmp_path / copy, "mtp")
+        assert found.keys() == {name.removeprefix("mtp.") for name in mtp}
+        assert all(np.array_equal(found[name.removeprefix("mtp.")], mtp[name]) for name in mtp)
 
 
 LAYOUTS = (

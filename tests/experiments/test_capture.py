@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from support import parity
+from support.configs import MODEL_TYPES, QWEN35_MOE
 from support.meshes import mesh_case
 from support.parity import LARGEST_DIFFERENCE
 from support.reference import save_reference
+from support.slow import some
 
 from qwen_moe_jax import QwenMoe, experiments, make_mesh
 from qwen_moe_jax.checkpoint.names import canonical_name
@@ -31,10 +33,12 @@ SEEDS = (0, 3, 9, 22)  # layers of both kinds, several sizes
 
 
 @functools.cache
-def loaded(seed: int) -> tuple[QwenMoe, np.ndarray]:
-    folder = save_reference(parity.random_model(seed).reference, Path(tempfile.mkdtemp()))
-    model = QwenMoe.from_pretrained(folder, dtype="float32")
-    return model, parity.random_model(seed).case(LENGTH).ids
+def loaded(seed: int, model_type: str = QWEN35_MOE) -> tuple[QwenMoe, np.ndarray]:
+    built = parity.random_model(seed, model_type)
+    model = QwenMoe.from_pretrained(
+        save_reference(built.reference, Path(tempfile.mkdtemp())), dtype="float32"
+    )
+    return model, built.case(LENGTH).ids
 
 
 @contextlib.contextmanager
@@ -48,17 +52,17 @@ def hooked(hooks: list[tuple[torch.nn.Module, Callable[..., Any]]]) -> Iterator[
 
 
 @torch.no_grad()
-def reference_run(seed: int, ids: np.ndarray, hooks: list[Any]) -> np.ndarray:
-    reference = parity.random_model(seed).reference
+def reference_run(seed: int, ids: np.ndarray, hooks: list[Any], model_type: str = QWEN35_MOE) -> np.ndarray:
+    reference = parity.random_model(seed, model_type).reference
     reference.set_attn_implementation("eager")  # the others do not give their weights
     with hooked(hooks):
         return reference(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
 
 
 @functools.cache
-def reference_points(seed: int) -> dict[str, np.ndarray]:
+def reference_points(seed: int, model_type: str = QWEN35_MOE) -> dict[str, np.ndarray]:
     """Point -> what the reference's modules gave."""
-    reference, found, hooks = parity.random_model(seed).reference, {}, []
+    reference, found, hooks = parity.random_model(seed, model_type).reference, {}, []
 
     def keep(name: str, pick: Callable[[Any, Any, Any], torch.Tensor]) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -77,14 +81,24 @@ def reference_points(seed: int) -> dict[str, np.ndarray]:
             (layer, keep(f"{name}.residual_out", lambda a, k, o: o)),
             (mixer, keep(f"{name}.mixer", lambda a, k, o: o[0] if isinstance(o, tuple) else o)),
             (layer.post_attention_layernorm, keep(f"{name}.residual_mid", lambda a, k, o: a[0])),
-            (layer.mlp, keep(f"{name}.moe", lambda a, k, o: o)),
-            (layer.mlp.gate, keep(f"{name}.router_logits", lambda a, k, o: o[0])),
-            (layer.mlp.gate, keep(f"{name}.weights", lambda a, k, o: o[1])),
-            (layer.mlp.gate, keep(f"{name}.ids", lambda a, k, o: o[2])),
-            (layer.mlp.shared_expert, keep(f"{name}.shared_expert", lambda a, k, o: o)),
-            (layer.mlp.shared_expert_gate, keep(f"{name}.shared_gate", lambda a, k, o: o.sigmoid())),
-            (layer.mlp.experts, keep(f"{name}.routed", lambda a, k, o: o)),
         ]
+        if not hasattr(layer.mlp, "gate"):
+            hooks.append((layer.mlp, keep(f"{name}.mlp", lambda a, k, o: o)))
+        else:
+            hooks += [
+                (layer.mlp, keep(f"{name}.moe", lambda a, k, o: o)),
+                (layer.mlp.gate, keep(f"{name}.router_logits", lambda a, k, o: o[0])),
+                (layer.mlp.gate, keep(f"{name}.weights", lambda a, k, o: o[1])),
+                (layer.mlp.gate, keep(f"{name}.ids", lambda a, k, o: o[2])),
+                (layer.mlp.experts, keep(f"{name}.routed", lambda a, k, o: o)),
+            ]
+        if hasattr(layer.mlp, "shared_expert"):
+            hooks += [
+                (layer.mlp.shared_expert, keep(f"{name}.shared_expert", lambda a, k, o: o)),
+                (layer.mlp.shared_expert_gate, keep(f"{name}.shared_gate", lambda a, k, o: o.sigmoid())),
+            ]
+        if hasattr(mixer, "in_proj_ba"):
+            continue  # betas and decays come out of it together
         if hasattr(layer, "linear_attn"):
             hooks.append((mixer.in_proj_b, keep(f"{name}.beta", lambda a, k, o: o.sigmoid())))
             decay = functools.partial(_decay, mixer)
@@ -94,8 +108,8 @@ def reference_points(seed: int) -> dict[str, np.ndarray]:
             hooks.append((mixer.v_proj, keep(f"{name}.values", lambda a, k, o: o)))
     hooks.append((reference.model.norm, keep("hidden", lambda a, k, o: o)))
     hooks.append((reference.model.embed_tokens, keep("embedding", lambda a, k, o: o)))
-    _, ids = loaded(seed)
-    found["logits"] = reference_run(seed, ids, hooks)
+    _, ids = loaded(seed, model_type)
+    found["logits"] = reference_run(seed, ids, hooks, model_type)
     return found
 
 
@@ -110,12 +124,13 @@ def close(ours: Any, theirs: np.ndarray, what: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.slow if s in SEEDS[:2] else ()) for s in SEEDS]
-)
-def test_every_point_holds_what_the_references_modules_gave(seed: int) -> None:
-    model, ids = loaded(seed)
-    theirs = reference_points(seed)
+POINTS = [(QWEN35_MOE, seed) for seed in SEEDS] + [(t, 0) for t in MODEL_TYPES if t != QWEN35_MOE]
+
+
+@pytest.mark.parametrize(("model_type", "seed"), some(POINTS, lambda i: i >= 2))
+def test_every_point_holds_what_the_references_modules_gave(model_type: str, seed: int) -> None:
+    model, ids = loaded(seed, model_type)
+    theirs = reference_points(seed, model_type)
     run = model.run([ids.tolist()], capture="*")
     assert list(run.captured) == list(model.points())
     close(run.logits, theirs["logits"], "logits")
@@ -129,10 +144,11 @@ def test_every_point_holds_what_the_references_modules_gave(seed: int) -> None:
         elif name in theirs:
             close(run[name], theirs[name], name)
         else:
-            assert name.endswith((".queries", ".keys", ".state"))
+            fused = (".beta", ".decay") if model_type == "qwen3_next" else ()
+            assert name.endswith((".queries", ".keys", ".state", *fused))
             continue
         compared += 1
-    assert compared >= 10 * model.config.num_hidden_layers
+    assert compared >= (10 if model_type == QWEN35_MOE else 5) * model.config.num_hidden_layers
 
 
 @pytest.mark.slow
