@@ -190,9 +190,14 @@ def test_fp8_leaves_what_it_names_and_what_lies_inside():
 
 def test_every_dtype_is_the_name_of_what_it_means():
     for dtype in DTYPES:
-        assert dtype_of(of_dtype(dtype)) == dtype
+        for experts in (8, 0):
+            assert dtype_of(of_dtype(dtype, experts=experts)) == dtype
+    for dtype in ("int4", "mxfp4"):  # of a dense model, all matrices
+        found = of_dtype(dtype, experts=0)
+        assert found is not None
+        assert found.scheme("layers.0.mlp.up_proj", "model.") is not None
     with pytest.raises(InputError, match="dtype is 'int3'"):
-        of_dtype("int3")
+        of_dtype("int3", experts=8)
     wrong = (("fp5", "format is 'fp5'"), ("int4", "group is 7"), ("fp8", "blocks of 128 x 128"))
     for given, message in wrong:
         with pytest.raises(InputError, match=message):

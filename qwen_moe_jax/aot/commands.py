@@ -130,7 +130,7 @@ def _config(options: argparse.Namespace) -> Any:
         raise InputError(f"--dtype is {options.dtype!r}; expected {', '.join(('bf16', 'fp8', *DTYPES))}.")
     config = find_config(options.model)
     if config.quantization is None:
-        return dataclasses.replace(config, quantization=of_dtype(dtype))
+        return dataclasses.replace(config, quantization=of_dtype(dtype, experts=config.num_experts))
     stored = dtype_of(config.quantization)
     if dtype != stored:
         raise InputError(

@@ -157,7 +157,7 @@ class Plan:
 
     def _formats(self) -> list[str]:
         lines = [
-            "The first layout by format of the layers' matrices (int4 and mxfp4: the routed experts'):",
+            "The first layout by format of the layers' matrices (int4 and mxfp4: the routed experts', if any):",
             f"{'format':<10}{'weights':>11}{'largest batch':>15}{'step':>11}{'tokens/s':>10}",
         ]
         for dtype, option in self.formats.items():
@@ -261,7 +261,7 @@ def plan(
         InputError: a number or dtype that is none, a context that the model does not have, or a curve of a
             device that nothing is known of.
     """
-    quantization = config.quantization if dtype is None else of_dtype(dtype)
+    quantization = config.quantization if dtype is None else of_dtype(dtype, experts=config.num_experts)
     dtype = dtype_of(quantization) if dtype is None else dtype
     for name, number in (("count", count), ("batch", batch), ("context", context), ("top", top)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -290,7 +290,7 @@ def plan(
     if fitting:
         best = next(one for one, option in zip(layouts, options, strict=True) if option is fitting[0])
         for each in DTYPES:
-            other = dataclasses.replace(config, quantization=of_dtype(each))
+            other = dataclasses.replace(config, quantization=of_dtype(each, experts=config.num_experts))
             layout = dataclasses.replace(best, config=other)
             formats[each] = (
                 fitting[0]

@@ -94,4 +94,6 @@ def find_config(path_or_name: str | Path, *, dtype: str | None = None) -> ModelC
             ) from None
     if config.quantization is not None:
         config = dataclasses.replace(config, quantization=config.quantization.with_scales_in("bfloat16"))
-    return config if dtype is None else dataclasses.replace(config, quantization=of_dtype(dtype))
+    if dtype is None:
+        return config
+    return dataclasses.replace(config, quantization=of_dtype(dtype, experts=config.num_experts))

@@ -67,8 +67,12 @@ def preset(name: str, *, experts_only: bool = False, group: int | None = None) -
     return read_compressed(raw)
 
 
-def of_dtype(name: str) -> Quantization | None:
+def of_dtype(name: str, *, experts: int) -> Quantization | None:
     """What a dtype of `DTYPES` means: int4 and mxfp4 are of the routed experts, as most publish them.
+
+    Args:
+        name: the dtype.
+        experts: that the model has; where there are none, int4 and mxfp4 are of all the layers' matrices.
 
     Raises:
         InputError: another name.
@@ -78,7 +82,7 @@ def of_dtype(name: str) -> Quantization | None:
     form = DTYPES[name]
     if form is None:
         return None
-    return preset(form, experts_only=form in ("int4", "mxfp4")).with_scales_in("bfloat16")
+    return preset(form, experts_only=experts > 0 and form in ("int4", "mxfp4")).with_scales_in("bfloat16")
 
 
 def dtype_of(quantization: Quantization | None) -> str:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.sharding import PartitionSpec
 from support.rocm import rocm  # noqa: F401
+from support.slow import some
 
 from qwen_moe_jax.aot import toolchain
 from qwen_moe_jax.aot.compile import compile_deployment, compile_lowered, make_deployment
@@ -62,7 +63,7 @@ _PASS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditi
 def two_layers(*, float8: bool = False, dtype: str | None = None) -> ModelConfig:
     """The 397B's widths, a layer of each kind."""
     kinds = [LayerKind(mixer, SPARSE) for mixer in (LINEAR_ATTENTION, FULL_ATTENTION)]
-    quantization = FP8 if float8 else of_dtype(dtype or "bfloat16")
+    quantization = FP8 if float8 else of_dtype(dtype or "bfloat16", experts=512)
     return dataclasses.replace(released_config("397b").with_layers(kinds), quantization=quantization)
 
 
@@ -217,6 +218,30 @@ def test_other_layouts_compile_too(program, sizes, choices):
     # sums over ranks go to the group that holds the parts; only the chosen tokens go to all devices
     groups = {one.group for one in found.collectives if one.bytes > 256 * BATCH}
     assert groups <= {expert, tensor, expert * tensor}
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    some([(n, d) for n in ("80b", "30b", "57b", "27b") for d in TARGETS], lambda i: i in (0, 7)),
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_layer_of_each_kind_of_every_family_compiles(name: str, device: str, program: str) -> None:
+    config = released_config(name)
+    kinds = list(dict.fromkeys(config.layers))
+    deployment = make_deployment(
+        config.with_layers(kinds), DEVICES[device], expert=4, batch=BATCH, context=CONTEXT
+    )
+    report = compile_deployment(deployment, DEVICES[device], model=name, programs=(program,))
+    (found,) = report.programs
+    assert_only_known_calls(found)
+    calls = found.custom_calls
+    sparse = sum(kind.mlp == SPARSE for kind in kinds)
+    if program == "decode":  # prefill does without the head and the last MLP, which are much of two layers
+        assert_memory_is_as_planned(report, found)
+        assert found.traffic_ratio <= LARGEST_TRAFFIC
+        assert calls.get("grouped_gate_up", 0) + calls.get("gathered_gate_up", 0) == sparse
+        assert calls.get("flash_attention", 0) == 1
+        assert calls.get("delta_step", 0) == sum(kind.mixer == LINEAR_ATTENTION for kind in kinds)
 
 
 @pytest.mark.parametrize("device", TARGETS)

@@ -48,7 +48,7 @@ def memory(option: Option, config: ModelConfig, on: Device, context: int) -> Any
 @pytest.mark.parametrize(("dtype", "held"), [("bfloat16", "bfloat16"), ("float8", "float8 and bfloat16")])
 def test_what_fits_and_the_largest_batch_are_those_of_the_memory_report(dtype: str, held: str) -> None:
     found = everything(dtype=dtype)
-    config = dataclasses.replace(SMALL, quantization=of_dtype(dtype))
+    config = dataclasses.replace(SMALL, quantization=of_dtype(dtype, experts=SMALL.num_experts))
     assert found.fitting
     assert found.too_large
     for option in (*found.fitting, *found.too_large):
