@@ -1,6 +1,6 @@
 """Every model family on one CPU beside transformers: decoding one row and prefill, in turn in one run.
 
-    python benchmarks/families.py [--size mid] [--repeat 3] [--out NAME]
+    python benchmarks/families.py [--size mid] [--repeat 2] [--out NAME]
 
 Makes a checkpoint of each model type with random weights, of the sizes of `make_checkpoint.py`, in bfloat16.
 Each library has a process of its own, which waits while the other works (`cpu.py`); medians are shown.
@@ -28,7 +28,8 @@ def measure(model_type: str, args: argparse.Namespace) -> dict[str, dict[str, fl
         count = make_checkpoint(args.size, Path(folder), "bfloat16", model_type=model_type)
         print(f"{model_type}: {count / 1e6:.0f} million parameters", flush=True)
         options = argparse.Namespace(checkpoint=Path(folder), threads=args.threads, kernels="auto")
-        workers = [Worker(library, "bfloat16", options) for library in (OURS, THEIRS)]
+        asked = [(OURS, "bfloat16"), *((THEIRS, dtype) for dtype in args.transformers)]
+        workers = [Worker(library, dtype, options) for library, dtype in asked]
         seconds = {
             job.name: {
                 worker.name: statistics.median(worker.run(job) for _ in range(args.repeat))
@@ -48,20 +49,23 @@ def main() -> None:
     )
     parser.add_argument("--size", default="mid")
     parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--transformers", nargs="+", default=["bfloat16", "float32"], metavar="DTYPE")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     need("torch", "transformers")
     found = {}
-    lines = ["| tokens/s | | this library | transformers | ratio |", "|---|---|---|---|---|"]
+    theirs = [f"transformers {dtype} | ratio" for dtype in args.transformers]
+    lines = [f"| tokens/s | | this library | {' | '.join(theirs)} |", "|---" * (3 + 2 * len(theirs)) + "|"]
     for model_type in args.types:
         found[model_type] = measure(model_type, args)
         for job, rates in found[model_type].items():
-            ours, theirs = rates.values()
-            lines.append(f"| `{model_type}` | {job} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
+            ours, *others = rates.values()
+            cells = [f"{rate:.1f} | {ours / rate:.2f}" for rate in others]
+            lines.append(f"| `{model_type}` | {job} | {ours:.1f} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if args.out:
         args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")

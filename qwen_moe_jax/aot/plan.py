@@ -157,7 +157,7 @@ class Plan:
 
     def _formats(self) -> list[str]:
         lines = [
-            "The first layout by format of the layers' matrices (int4 and mxfp4: the routed experts', if any):",
+            "The first layout by format of the layers' matrices (int4, mxfp4: the routed experts', if any):",
             f"{'format':<10}{'weights':>11}{'largest batch':>15}{'step':>11}{'tokens/s':>10}",
         ]
         for dtype, option in self.formats.items():
