@@ -34,7 +34,10 @@ from qwen_moe_jax.config import ModelConfig  # noqa: E402
 from qwen_moe_jax.kernels.table import Kernels  # noqa: E402
 from qwen_moe_jax.model.decoder import with_parameters  # noqa: E402
 from qwen_moe_jax.model.experts import choose_experts  # noqa: E402
-from qwen_moe_jax.model.moe import gated_mlp  # noqa: E402
+from qwen_moe_jax.model.moe import (
+    SparseMoe,
+    gated_mlp,
+)
 from qwen_moe_jax.model.params import DtypePolicy  # noqa: E402
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder  # noqa: E402
 from qwen_moe_jax.parallel.layout import DISPATCHES, SHARED_EXPERT_MODES, Layout  # noqa: E402
@@ -287,6 +290,7 @@ def mixture_cost(layout: Layout, tokens: int, shared: bool) -> tuple[Cost, Cost]
     mesh, mode, prefix, axes = layout.mesh, layout.shared_expert, "layers.0.mlp.", (EXPERT,)
     assert isinstance(mesh, Mesh)
     mlp = layout_decoder(layout, BFLOAT16, Kernels("cpu")).layers[0].mlp
+    assert isinstance(mlp, SparseMoe)
     named = structs_of(layout, BFLOAT16).items()
     structs = {name.removeprefix(prefix): struct for name, struct in named if name.startswith(prefix)}
     specs = {name: layout.spec(prefix + name, struct.ndim) for name, struct in structs.items()}
