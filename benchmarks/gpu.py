@@ -106,6 +106,7 @@ class Run:
             ("flash attention", kernel_checks.attention),
             ("delta step", kernel_checks.delta_step),
             ("scaled products", kernel_checks.scaled),
+            ("delta chunks", kernel_checks.delta_chunks),
         ):
             found.append((f"{name}, error", self.within(CHECK, partial(check, self.kernel_target))))
         found.append(("kernels, time", self.within(TIMES, self.kernel_times)))

@@ -37,7 +37,12 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 TENTH = 0.1
 GROUP = 4  # layers: three of Gated DeltaNet, one of attention
 # Where a GPU is not AMD's, the kernels that the table has for those; Triton lowers them as well.
-_PALLAS = {"experts": "pallas_grouped", "attention": "flash", "delta_step": "pallas_step"}
+_PALLAS = {
+    "experts": "pallas_grouped",
+    "attention": "flash",
+    "delta_step": "pallas_step",
+    "delta_chunks": "pallas_chunks",
+}
 
 
 @dataclasses.dataclass(frozen=True)

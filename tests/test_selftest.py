@@ -160,6 +160,7 @@ def _wrong(function):
 
 BREAKABLE = {
     "delta step": (kernel_checks.delta_kernel, "delta_step", kernel_checks.delta_step),
+    "delta chunks": (kernel_checks.chunks_kernel, "delta_chunks", kernel_checks.delta_chunks),
     "flash attention": (kernel_checks.flash_attention, "attend", kernel_checks.attention),
     "scaled products": (kernel_checks.scaled_matmul, "scaled_matmul", kernel_checks.scaled),
     "gathered": (
@@ -218,7 +219,8 @@ def test_every_case_compiles_for_the_devices_that_it_is_meant_for(device, monkey
 
     monkeypatch.setattr(kernel_checks, "on_device", compiled_only)
     checks = [partial(kernel_checks.experts, form) for form in ("gathered", "grouped")]
-    checks += [kernel_checks.attention, kernel_checks.delta_step, kernel_checks.scaled]
+    checks += [kernel_checks.attention, kernel_checks.scaled]
+    checks += [kernel_checks.delta_step, kernel_checks.delta_chunks]
     cases = [case for check in checks for case in check(described.arch).details["cases"]]
     assert len(cases) >= 30
     assert [case for case in cases if "error" in case] == []

@@ -22,6 +22,7 @@ one that says otherwise; their names:
                  pallas_step                 a kernel (`delta_step.py`)
                  native
     delta_chunks products                    plain XLA (`model/delta_rule.py`)
+                 pallas_chunks               a kernel (`delta_chunks.py`), behind plain XLA's convolution
                  native
     scaled       multiplied_out              plain XLA: a matrix of codes is widened, then multiplied
                  pallas_tiles                a kernel that widens tiles as it reads them (`scaled_matmul.py`)
@@ -61,7 +62,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "attention": {"blockwise": XLA, "whole": XLA, "flash": PALLAS, "native": NATIVE},
     "conv": {"shifts": XLA, "native": NATIVE},
     "delta_step": {"products": XLA, "pallas_step": PALLAS, "native": NATIVE},
-    "delta_chunks": {"products": XLA, "native": NATIVE},
+    "delta_chunks": {"products": XLA, "pallas_chunks": PALLAS, "native": NATIVE},
     "scaled": {
         "multiplied_out": XLA,
         "pallas_tiles": PALLAS,
@@ -138,6 +139,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("delta_step", AMD, None, None, "pallas_step", "the state is read once and written once"),
     Rule("delta_step", ("cpu",), _NATIVE, None, "native", "the state changes in place; measured"),
     Rule("delta_step", _ANY, None, None, "products", "matrix products; measured on CPU"),
+    Rule("delta_chunks", AMD, None, None, "pallas_chunks", "chunks stay on the chip, inputs are read once"),
     Rule("delta_chunks", ("cpu",), _NATIVE, None, "native", "a head's chunks stay in cache; measured"),
     Rule("delta_chunks", _ANY, None, None, "products", "chunks of matrix products"),
     Rule("scaled", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),

@@ -17,11 +17,12 @@ from qwen_moe_jax.kernels.cpu.calls import (
     native_delta_look,
     native_delta_step,
 )
+from qwen_moe_jax.kernels.delta_chunks import delta_chunks
 from qwen_moe_jax.kernels.delta_step import delta_step
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan, delta_rule_step
 from qwen_moe_jax.model.linear import linears
-from qwen_moe_jax.model.norms import gated_rms_norm, l2_normalise
+from qwen_moe_jax.model.norms import L2_EPS, gated_rms_norm, l2_normalise
 from qwen_moe_jax.model.params import DtypePolicy, Weight, declare
 from qwen_moe_jax.model.ranks import Ranks
 from qwen_moe_jax.model.taps import NO_TAPS, Taps
@@ -78,18 +79,24 @@ def conv_heads(
         float32; value [batch, seq, heads, value_dim]; what is carried on). A pad's key and value are zero,
         its query means nothing.
     """
-    keys = (x.shape[-1] - heads * value_dim) // 2
     mixed, carried = causal_conv(x, weight, carried, counts)
+    return *split_heads(mixed, counts, key_dim=key_dim, heads=heads, value_dim=value_dim), carried
+
+
+def split_heads(
+    mixed: jax.Array, counts: jax.Array, *, key_dim: int, heads: int, value_dim: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value of `conv_heads`, from what `causal_conv` gives; arguments as there."""
+    keys = (mixed.shape[-1] - heads * value_dim) // 2
     query, key, value = jnp.split(mixed, [keys, 2 * keys], axis=-1)
-    rows = x.shape[:2]
+    rows = mixed.shape[:2]
     query = l2_normalise(query.reshape(*rows, -1, key_dim)) * key_dim**-0.5
     key = l2_normalise(key.reshape(*rows, -1, key_dim))
-    token = (jnp.arange(x.shape[1]) < counts[:, None])[..., None, None]
+    token = (jnp.arange(rows[1]) < counts[:, None])[..., None, None]
     return (
         query,
         jnp.where(token, key, 0),
         jnp.where(token, value.reshape(*rows, heads, value_dim), 0),
-        carried,
     )
 
 
@@ -147,11 +154,40 @@ class GatedDeltaNet(nnx.Module):
             beta, decay = taps("beta", inputs.beta), taps("decay", jnp.exp(inputs.g))
             g = jnp.log(decay) if taps.replaces("decay") else inputs.g
             inputs = DeltaNetInputs(mixed=inputs.mixed, g=g, beta=beta)
-        tokens, conv = self._read(inputs, slots, cache, valid.sum(axis=1, dtype=jnp.int32))
-        if taps.captures("state") and taps.at is not None:
-            taps.keep("state", states_behind(taps.at, tokens, read_slots(cache.state, slots)))
+        counts = valid.sum(axis=1, dtype=jnp.int32)
+        if self._in_one_kernel(x, cache):
+            output, after = self._chunks(inputs, slots, cache, counts, taps)
+            return self._leave(output, gate, x.dtype), after
+        tokens, conv = self._read(inputs, slots, cache, counts)
+        _keep_states(taps, tokens, slots, cache)
         output, state = _recur(self.kernels, tokens, cache.state, slots, x.dtype.name)
         return self._leave(output, gate, x.dtype), DeltaNetCache(conv=conv, state=state)
+
+    def _in_one_kernel(self, x: jax.Array, cache: DeltaNetCache) -> bool:
+        """Whether the tokens go through `delta_chunks`, which reads them as they leave the convolution."""
+        chosen = self.kernels.pick("delta_chunks", x.dtype.name, x.shape[1])
+        return x.shape[1] > 1 and cache.state.dtype == jnp.float32 and chosen == "pallas_chunks"
+
+    def _chunks(
+        self, inputs: DeltaNetInputs, slots: jax.Array, cache: DeltaNetCache, counts: jax.Array, taps: Taps
+    ) -> tuple[jax.Array, DeltaNetCache]:
+        """`_read` and `_recur` at once."""
+        carried = read_slots(cache.conv, slots)
+        mixed, carried = causal_conv(inputs.mixed, self.conv1d.weight[...][:, 0], carried, counts)
+        if taps.captures("state"):
+            tokens = (*split_heads(mixed, counts, **self._sizes), inputs.g, inputs.beta)
+            _keep_states(taps, tokens, slots, cache)
+        output, state = delta_chunks(
+            cache.state,
+            slots,
+            mixed,
+            counts,
+            inputs.g,
+            inputs.beta,
+            eps=L2_EPS,
+            interpret=self.kernels.interpret,
+        )
+        return output, DeltaNetCache(conv=write_slots(cache.conv, slots, carried), state=state)
 
     def look(
         self, x: jax.Array, valid: jax.Array, slots: jax.Array, cache: DeltaNetCache
@@ -206,13 +242,7 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """(query, key, value, g and beta as of `delta_rule_chunked`; convolution inputs after `counts`
         tokens of each row)."""
-        c, x = self.config, inputs.mixed
-        weight = self.conv1d.weight[...][:, 0]
-        sizes = {
-            "key_dim": c.linear_key_head_dim,
-            "heads": self.A_log[...].shape[0],
-            "value_dim": c.linear_value_head_dim,
-        }
+        x, weight, sizes = inputs.mixed, self.conv1d.weight[...][:, 0], self._sizes
         if self.kernels.pick("conv", x.dtype.name, x.shape[1]) == "native":
             query, key, value, conv = native_conv(
                 x, weight, cache.conv, slots, counts, **sizes, variant=self.kernels.variant
@@ -222,6 +252,15 @@ class GatedDeltaNet(nnx.Module):
             query, key, value, carried = conv_heads(x, weight, carried, counts, **sizes)
             conv = write_slots(cache.conv, slots, carried)
         return (query, key, value, inputs.g, inputs.beta), conv
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Of the heads here, as `conv_heads` is told them."""
+        return {
+            "key_dim": self.config.linear_key_head_dim,
+            "heads": self.A_log[...].shape[0],
+            "value_dim": self.config.linear_value_head_dim,
+        }
 
     def _leave(self, output: jax.Array, gate: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """The layer's output from what the delta rule reads."""
@@ -233,6 +272,12 @@ class GatedDeltaNet(nnx.Module):
         )
         flat = normed.reshape(*normed.shape[:2], -1)
         return self.ranks.head_product(flat, self.out_proj.matrix(), self.kernels)
+
+
+def _keep_states(taps: Taps, tokens: tuple[jax.Array, ...], slots: jax.Array, cache: DeltaNetCache) -> None:
+    """The states that were asked for, of tokens as of `delta_rule_chunked`."""
+    if taps.captures("state") and taps.at is not None:
+        taps.keep("state", states_behind(taps.at, tokens, read_slots(cache.state, slots)))
 
 
 def states_behind(at: jax.Array, tokens: tuple[jax.Array, ...], before: jax.Array) -> jax.Array:

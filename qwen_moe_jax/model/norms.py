@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-_L2_EPS = 1e-6  # added to the sum of squares, as the delta-rule kernels of the field do
+L2_EPS = 1e-6  # added to the sum of squares, as the delta-rule kernels of the field do
 
 
 def _normalise(x32: jax.Array, eps: float) -> jax.Array:
@@ -49,4 +49,4 @@ def gated_rms_norm(x: jax.Array, gate: jax.Array, weight: jax.Array, eps: float)
 def l2_normalise(x: jax.Array) -> jax.Array:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis, [..., dim], in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + _L2_EPS)
+    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + L2_EPS)

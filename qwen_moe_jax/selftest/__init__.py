@@ -99,6 +99,7 @@ def selftest_parts(folder: Path) -> list[Part]:
         parts.append((f"kernel {form} experts", partial(kernel_checks.experts, form, target)))
     parts.append(("kernel flash attention", partial(kernel_checks.attention, target)))
     parts.append(("kernel delta step", partial(kernel_checks.delta_step, target)))
+    parts.append(("kernel delta chunks", partial(kernel_checks.delta_chunks, target)))
     parts.append(("kernel scaled products", partial(kernel_checks.scaled, target)))
     parts.append(("all-reduce", layouts.all_reduce))
     return [*parts, *layouts.layout_parts(models)]

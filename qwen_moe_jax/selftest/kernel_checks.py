@@ -16,14 +16,17 @@ import numpy as np
 
 from qwen_moe_jax.formats.cache import PAGE, pages_for
 from qwen_moe_jax.formats.codes import MatrixFormat, widened
+from qwen_moe_jax.kernels import delta_chunks as chunks_kernel
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, float8x8_matmul, scaled_matmul
 from qwen_moe_jax.kernels.table import AMD, Kernels
 from qwen_moe_jax.model.attention import blockwise_attention
+from qwen_moe_jax.model.delta_net import split_heads
 from qwen_moe_jax.model.delta_rule import delta_rule_scan
 from qwen_moe_jax.model.experts import dense_experts
 from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.norms import L2_EPS
 from qwen_moe_jax.selftest.coded import FLOAT8, FORMATS, in_codes, multiplied_out
 from qwen_moe_jax.selftest.machine import how_kernels_run
 from qwen_moe_jax.selftest.report import Outcome, sentence
@@ -280,16 +283,63 @@ def _delta_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[An
         )
         found = (output, np.asarray(after)[slots])
         wanted = on_host(lambda given: delta_rule_scan(**given), given)
-        # output and state have sizes of their own
-        sizes = [float(np.abs(x).max()) for x in wanted]
-        return _joined(found, sizes), _joined(wanted, sizes), 1.0
+        return *_joined(found, wanted), 1.0
 
     return run
 
 
-def _joined(arrays: Sequence[Any], sizes: Sequence[float]) -> np.ndarray:
-    """All elements, each array over its size."""
-    return np.concatenate([np.asarray(x).ravel() / size for x, size in zip(arrays, sizes, strict=True)])
+def delta_chunks(target: str) -> Outcome:
+    """Many tokens of the delta rule as a kernel against the plain scan; float32 everywhere."""
+    # batch, tokens, value heads, key heads, Dk, Dv
+    shapes = [(1, 40, 4, 2, 128, 128), (3, 17, 2, 2, 24, 40), (2, 33, 6, 1, 16, 5)]
+    shapes += [(2, 500, 32, 16, 128, 128), (64, 100, 32, 16, 128, 128)] if target in AMD else []
+    cases = [Case(str(shape), _chunks_run(shape, target not in AMD), FLOAT32_TOLERANCE) for shape in shapes]
+    return compare(cases, how_kernels_run(target))
+
+
+def _chunks_run(shape: tuple[int, ...], interpret: bool) -> Callable[[], tuple[Any, Any, float]]:
+    def run() -> tuple[Any, Any, float]:
+        batch, tokens, heads, key_heads, key_dim, value_dim = shape
+        rng = np.random.default_rng(shape)
+        counts = rng.integers(1, tokens + 1, batch).astype(np.int32)
+        token = (np.arange(tokens) < counts[:, None])[..., None]
+        channels = 2 * key_heads * key_dim + heads * value_dim
+        mixed = rng.normal(size=(batch, tokens, channels)).astype(np.float32)
+        state = rng.normal(size=(batch, heads, key_dim, value_dim)).astype(np.float32)
+        gates = {
+            "g": np.where(token, -rng.exponential(size=(batch, tokens, heads)), 0).astype(np.float32),
+            "beta": np.where(token, rng.uniform(size=(batch, tokens, heads)), 0).astype(np.float32),
+        }
+        slots = rng.permutation(batch).astype(np.int32)
+        given = {"state": state[np.argsort(slots)], "mixed": mixed, "slots": slots, "counts": counts, **gates}
+        output, after = on_device(
+            lambda given: chunks_kernel.delta_chunks(**given, eps=L2_EPS, interpret=interpret), given
+        )
+
+        def plain(mixed: Any, counts: Any, state: Any, gates: dict[str, Any]) -> Any:
+            sizes = {"key_dim": key_dim, "heads": heads, "value_dim": value_dim}
+            return delta_rule_scan(*split_heads(mixed, counts, **sizes), **gates, state=state)
+
+        wanted = on_host(plain, mixed, counts, state, gates)
+        # a pad's output means nothing
+        found, wanted = (
+            (np.where(token[..., None], output, 0), states)
+            for output, states in ((np.asarray(output), np.asarray(after)[slots]), wanted)
+        )
+        return *_joined(found, wanted), 1.0
+
+    return run
+
+
+def _joined(found: Sequence[Any], wanted: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """All elements of both, each array over the largest value of what is wanted: output and state have sizes
+    of their own."""
+    sizes = [float(np.abs(x).max()) for x in wanted]
+    first, second = (
+        np.concatenate([np.asarray(x).ravel() / size for x, size in zip(arrays, sizes, strict=True)])
+        for arrays in (found, wanted)
+    )
+    return first, second
 
 
 def scaled(target: str) -> Outcome:

@@ -153,6 +153,7 @@ def assert_only_known_calls(program: ProgramReport) -> None:
         "grouped_down",
         "flash_attention",
         "delta_step",
+        "delta_chunks",
         "scaled_matmul",
     }
     assert {
@@ -347,12 +348,18 @@ def test_codes_of_four_bits_are_read_as_they_are_stored(device, dtype, share, tm
 
 
 @pytest.mark.parametrize("device", TARGETS)
-def test_the_chunked_delta_rule_stays_in_fusions_without_a_library(device, tmp_path):
-    """The solver is products and a loop: no triangular solve leaves the program."""
-    _, _, found, module = compiled(device, "prefill", tmp_path)
+def test_the_delta_rule_of_a_prefill_chunk_is_one_kernel_and_halves_what_its_layer_moves(device, tmp_path):
+    """Beside plain XLA, which has no library's triangular solve either."""
+    _, _, found, _ = compiled(device, "prefill", tmp_path / "kernel")
     assert_only_known_calls(found)
+    assert found.custom_calls["delta_chunks"] == 1
+    moved = found.traffic_by_part["gated_delta_net"]
+    _, _, plain, module = compiled(
+        device, "prefill", tmp_path / "plain", kernels={"delta_chunks": "products"}
+    )
     opcodes = Counter(i.opcode for i in module.instructions())
     assert opcodes["triangular-solve"] == 0
+    assert plain.traffic_by_part["gated_delta_net"] > 2 * moved
 
 
 @pytest.mark.parametrize("device", ["mi355x"])

@@ -27,8 +27,9 @@ KERNELS = (
     "grouped_down",
     "flash_attention",
     "delta_step",
+    "delta_chunks",
 )
-EVERYTHING = {"attention": "flash", "delta_step": "pallas_step"}
+EVERYTHING = {"attention": "flash", "delta_step": "pallas_step", "delta_chunks": "pallas_chunks"}
 
 
 def on(kernels: Kernels, dtype: str) -> Any:
@@ -79,6 +80,7 @@ def test_on_a_mesh_kernels_lower_for_rocm_with_their_sums_typed(layout, tokens):
     assert calls[f"{form}_gate_up"] == calls[f"{form}_down"] == layers
     assert calls["flash_attention"] == attention
     assert calls["delta_step"] == (layers - attention if tokens == 1 else 0)
+    assert calls["delta_chunks"] == (layers - attention if tokens > 1 else 0)
 
 
 # Two ways to round a bfloat16 model differ in their distance to the truth by less than that; with a wrong
