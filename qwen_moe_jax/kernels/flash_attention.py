@@ -1,11 +1,12 @@
 """Causal attention over keys and values in pages, in one pass of them (Pallas, lowered by Triton).
 
 Online softmax (Milakov & Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135): scores exist for a
-tile of queries and a block of keys at a time, in registers. The query heads of a group are rows of one tile,
-so that grouped heads share each key and value as it is read and are never repeated in memory. With few
-queries (decode) each row's own keys are cut into `splits` that different programs read, whose results are
-joined afterwards (Flash-Decoding, Dao et al. 2023). A row's keys lie where its block table says
-(PagedAttention, Kwon et al., arXiv:2309.06180); a block of keys lies inside one page.
+tile of queries and a block of keys at a time, in registers. A tile has all query heads of a key head for some
+neighbouring queries, so that grouped heads share each key and value as it is read, are never repeated in
+memory, and the tile reads no block behind its last query. With few queries (decode) each row's own keys are
+cut into `splits` that different programs read, whose results are joined afterwards (Flash-Decoding, Dao et
+al. 2023). A row's keys lie where its block table says (PagedAttention, Kwon et al., arXiv:2309.06180); a
+block of keys lies inside one page.
 """
 
 from functools import partial
@@ -34,18 +35,23 @@ def attend(
 ) -> jax.Array:
     """`flash_attention` with the sizes that suit the shapes.
 
-    Blocks of 32 keys of width 256 and their values, in two stages, fill 64 KiB, which is the LDS of gfx942.
-    A row of one token alone would leave most of a GPU idle, so its keys are cut into up to 16 parts; several
-    hundred programs are enough.
+    Blocks of 32 keys of width 256 and their values, in two stages, fill 64 KiB, which is the LDS of gfx942;
+    so does a tile of 128 rows on its way to the matrix units. One of 256 rows would read keys half as often,
+    but has too few registers (compiled for gfx950, it spills them).
+
+    Few programs leave most of a GPU idle, so keys are cut into up to 16 parts, as long as what the parts
+    write is little beside the keys that they read. Several hundred programs of one token a row are enough;
+    of tiles of 128 rows, each of which fills a compute unit, one for every second unit.
     """
     batch, seq, heads, _ = query.shape
     page, kv_heads = key.shape[1:3]
     capacity = page * tables.shape[1]
     rows = seq * heads // kv_heads
-    tile = 16 if rows <= 16 else 64
+    tile = min(128, up_to_power(rows))
     programs = batch * kv_heads * -(-rows // tile)
+    enough = 512 if tile == 16 else 128
     splits = 1
-    while splits < 16 and programs * splits < 512 and capacity >= splits * 512:
+    while splits < 16 and programs * splits < enough and capacity >= splits * 32 * tile:
         splits *= 2
     return flash_attention(
         query,
@@ -102,79 +108,63 @@ def flash_attention(
     group = heads // kv_heads
     rows = group * seq
     tile = min(tile, up_to_power(rows))
-    # rows of a kv head: the heads of its group, and for each the queries
-    grouped = query.reshape(batch, seq, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch * kv_heads, rows, dim)
-    partial_shape = (batch * kv_heads, splits, rows)
     tiles = pl.cdiv(rows, tile)
-    seen = batch * kv_heads * tiles * (expected_keys or page * tables.shape[1])
-    output, top, total = launch(
-        partial(
-            _kernel,
-            tile=tile,
-            block=block,
-            splits=splits,
-            seq=seq,
-            kv_heads=kv_heads,
-            width=up_to_power(dim),
-        ),
-        [grouped, key, value, positions, tables],
-        [
-            jax.ShapeDtypeStruct((*partial_shape, dim), jnp.float32),
-            jax.ShapeDtypeStruct(partial_shape, jnp.float32),
-            jax.ShapeDtypeStruct(partial_shape, jnp.float32),
-        ],
+    flat = (batch, seq * heads)
+    whole = splits == 1
+    results = [jax.ShapeDtypeStruct((*flat, dim), query.dtype)]
+    if not whole:
+        results = [jax.ShapeDtypeStruct((splits, *flat, *last), jnp.float32) for last in ((dim,), (), ())]
+    seen = _keys_read(expected_keys or page * tables.shape[1], seq, tile / group, tiles)
+    output, *sums = launch(
+        partial(_kernel, tile=tile, block=block, splits=splits, group=group, width=up_to_power(dim)),
+        [query.reshape(*flat, dim), key, value, positions, tables],
+        results,
         grid=(tiles, splits, batch * kv_heads),
         name="flash_attention",
         cost=KernelCost(
-            flops=4.0 * seen * tile * dim,
-            bytes=2.0 * seen * dim * key.dtype.itemsize
-            + batch * kv_heads * rows * dim * (query.dtype.itemsize + 4.0 * splits),
+            flops=4.0 * batch * kv_heads * seen * tile * dim,
+            bytes=2.0 * batch * kv_heads * seen * dim * key.dtype.itemsize
+            + query.size * (query.dtype.itemsize + (query.dtype.itemsize if whole else 4.0 * splits)),
         ),
         schedule=schedule,
         interpret=interpret,
     )
-    # a split without visible keys has the least maximum and adds nothing
-    weight = jnp.exp(top - top.max(axis=1, keepdims=True))
-    output = (output * weight[..., None]).sum(axis=1) / (total * weight).sum(axis=1)[..., None]
-    output = output.reshape(batch, kv_heads, group, seq, dim).transpose(0, 3, 1, 2, 4)
+    if not whole:
+        # a split without visible keys has the least maximum and adds nothing
+        top, total = sums
+        weight = jnp.exp(top - top.max(axis=0))
+        output = (output * weight[..., None]).sum(axis=0) / (total * weight).sum(axis=0)[..., None]
     return output.reshape(query.shape).astype(query.dtype)
 
 
-def _kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    p_ref,
-    t_ref,
-    out_ref,
-    top_ref,
-    total_ref,
-    *,
-    tile,
-    block,
-    splits,
-    seq,
-    kv_heads,
-    width,
-):
+def _keys_read(last: int, seq: int, queries: float, tiles: int) -> float:
+    """By all tiles of a row and key head: each up to its last query, where the row's last one sees `last`."""
+    before = max(0, last - seq)
+    return sum(min(last, before + min(seq, (number + 1) * queries)) for number in range(tiles))
+
+
+def _kernel(q_ref, k_ref, v_ref, p_ref, t_ref, out_ref, *sum_refs, tile, block, splits, group, width):
     number, split, pair = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    pages, page, kv_heads, dim = k_ref.shape
     row, head = pair // kv_heads, pair % kv_heads
-    rows, dim = q_ref.shape[1:]
-    pages, page = k_ref.shape[:2]
+    heads = kv_heads * group
     mine = number * tile + jnp.arange(tile)
-    held = mine < rows
+    held = mine < q_ref.shape[1] // kv_heads
+    # row r of a key head is query r // group, by head r % group of its group; others point behind the last
+    # line, where nothing is read or written
+    lines = jnp.where(held, mine // group * heads + head * group + mine % group, q_ref.shape[1])
     across = jnp.arange(width) < dim if width > dim else None
 
     def mask(lines: jax.Array) -> jax.Array:
         return lines[:, None] if across is None else lines[:, None] & across[None, :]
 
     columns = pl.ds(0, width)
-    query = plt.load(q_ref.at[pair, pl.ds(number * tile, tile), columns], mask=mask(held), other=0)
-    # row r of a group is its head r // seq at query r % seq
-    positions = plt.load(p_ref.at[*jnp.broadcast_arrays(row, mine % seq)], mask=held, other=-1)
+    # array indices only: an interpreted kernel has no mixed ones
+    where = jnp.broadcast_arrays(row, lines[:, None], jnp.arange(width)[None, :])
+    query = plt.load(q_ref.at[*where], mask=jnp.broadcast_to(mask(held), (tile, width)), other=0)
+    positions = plt.load(p_ref.at[*jnp.broadcast_arrays(row, mine // group)], mask=held, other=-1)
     seen = jnp.max(positions) + 1
-    # whole blocks a split, of this row's own keys
+    # whole blocks a split, of the keys that this tile sees
     span = (seen + splits * block - 1) // (splits * block) * block
     first = split * span
     stop = jnp.minimum(first + span, seen)
@@ -206,7 +196,10 @@ def _kernel(
     )
     steps = jnp.maximum(stop - first + block - 1, 0) // block
     top, total, output = lax.fori_loop(0, steps, one_block, start)
-    lines = pl.ds(number * tile, tile)
-    plt.store(out_ref.at[pair, split, lines, columns], output, mask=mask(held))
-    plt.store(top_ref.at[pair, split, lines], top, mask=held)
-    plt.store(total_ref.at[pair, split, lines], total, mask=held)
+    inside = jnp.broadcast_to(mask(held), (tile, width))
+    if splits == 1:
+        plt.store(out_ref.at[*where], (output / total[:, None]).astype(out_ref.dtype), mask=inside)
+        return
+    plt.store(out_ref.at[*jnp.broadcast_arrays(split, *where)], output, mask=inside)
+    for ref, values in zip(sum_refs, (top, total), strict=True):
+        plt.store(ref.at[*jnp.broadcast_arrays(split, row, lines)], values, mask=held)

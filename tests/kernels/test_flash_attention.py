@@ -7,6 +7,7 @@ import pytest
 from support.paging import in_pages
 from support.slow import some
 
+from qwen_moe_jax.kernels import flash_attention as flash_attention_module
 from qwen_moe_jax.kernels.flash_attention import attend, flash_attention
 from qwen_moe_jax.kernels.launch import Schedule
 
@@ -74,7 +75,7 @@ def test_the_kernel_equals_attention(shape, tile, block, splits, dtype, page):
     )
 
 
-@pytest.mark.parametrize(("seq", "capacity"), [(1, 2048), (3, 64), (20, 96)])
+@pytest.mark.parametrize(("seq", "capacity"), [(1, 2048), (3, 64), (20, 96), (80, 160)])
 def test_the_sizes_chosen_for_shapes_change_nothing(seq, capacity):
     query, key, value, positions = given = draw(2, seq, 4, 2, 32, capacity, "float32")
     paged = in_pages(key, value, 64, positions.max(axis=1) + 1)
@@ -82,6 +83,43 @@ def test_the_sizes_chosen_for_shapes_change_nothing(seq, capacity):
     found = attention(query, *paged.pools, positions, paged.tables)
     wanted = attention_float64(*given)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT32_TOLERANCE * np.abs(wanted).max())
+
+
+def test_a_tile_reads_no_block_behind_its_last_query():
+    """Keys from some position on are NaN, though tokens are there: only tiles that see them fail."""
+    query, key, value, _ = draw(1, 48, 4, 1, 32, 48, "float32")
+    positions = jnp.arange(48, dtype=jnp.int32)[None]
+    paged = in_pages(key.at[:, 32:].set(jnp.nan), value.at[:, 32:].set(jnp.nan), 16, [48])
+    sizes = {"tile": 64, "block": 16, "splits": 1, "schedule": Schedule(), "interpret": True}
+    found = np.asarray(flash_attention(query, *paged.pools, positions, paged.tables, **sizes))
+    # 64 rows are the 4 heads of 16 queries
+    wanted = attention_float64(query[:, :32], key[:, :32], value[:, :32], positions[:, :32])
+    tolerance = FLOAT32_TOLERANCE * np.abs(wanted).max()
+    np.testing.assert_allclose(found[:, :32], wanted, rtol=0, atol=tolerance)
+    assert np.isnan(found[:, 32:]).all()
+
+
+def test_the_cost_is_of_the_keys_that_tiles_see(monkeypatch):
+    """8 tiles of 16 queries behind 128 keys, of 256 in all, read 144, 160, ... 256 of them."""
+    told = []
+    launch = flash_attention_module.launch
+
+    def noted(*args, **options):
+        told.append(options["cost"])
+        return launch(*args, **options)
+
+    monkeypatch.setattr(flash_attention_module, "launch", noted)
+    query, key, value, positions = draw(2, 128, 4, 1, 32, 256, "float32")
+    paged = in_pages(key, value, 64, [256, 256])
+    sizes = {"tile": 64, "block": 16, "splits": 1, "schedule": Schedule(), "interpret": True}
+    sizes["expected_keys"] = 256
+    jax.eval_shape(
+        lambda *given: flash_attention(*given, **sizes), query, *paged.pools, positions, paged.tables
+    )
+    keys = sum(range(144, 257, 16))
+    # of two rows: keys and values, then queries and what is written
+    assert told[0].bytes == 2 * 2 * keys * 32 * 4 + 2 * query.size * 4
+    assert told[0].flops == 4 * 2 * keys * 64 * 32
 
 
 def test_rows_that_share_pages_see_the_same_keys_each_to_its_own_end():
