@@ -30,8 +30,6 @@ from qwen_moe_jax.parallel.mesh import DATA
 _FLOAT32 = 4
 # Of the engine on a GPU (`engine/shapes.py`): one row of a data rank in a prefill step.
 CHUNK = 4096
-# Tokens of a chunk of the delta rule, each of which is a turn of a loop.
-_DELTA_CHUNK = 64
 # Both AMD architectures choose alike.
 _TABLE = Kernels("gfx950")
 
@@ -43,19 +41,20 @@ class Program:
     Attributes:
         linear, full: kernels of a layer of either kind, with its experts.
         gathered: how many fewer they are with so few tokens that experts are gathered (`kernels/table.py`).
-        turn: further ones of a linear layer for each 64 tokens of a row.
         step: kernels beside the layers.
         draft: of an application of multi-token prediction, with its logits.
         passes: arrays of [tokens, hidden] in float32 that a layer reads or writes in memory.
+        chain: cycles that each token of a row adds to the delta rule of a linear layer, whose chunks wait for
+            one another on one compute unit.
     """
 
     linear: float = 0
     full: float = 0
     gathered: float = 0
-    turn: float = 0
     step: float = 0
     draft: float = 0
     passes: float = 0
+    chain: float = 0
 
     def kernels(self, layout: Layout, batch: int, tokens: int = 1, drafts: int = 0) -> float:
         """Of a step of so many tokens for each row of the mesh's batch, and so many drafts."""
@@ -65,8 +64,7 @@ class Program:
         amount = slots / config.num_experts if config.num_experts else 0
         few = amount > 0 and _TABLE.pick("experts", "bfloat16", amount) == "pallas_gathered"
         a_layer = -self.gathered if few else 0
-        turns = self.turn * -(-tokens // _DELTA_CHUNK)
-        found = linear * (self.linear + turns + a_layer) + full * (self.full + a_layer)
+        found = linear * (self.linear + a_layer) + full * (self.full + a_layer)
         return found + self.step + drafts * self.draft
 
     def activations(self, layout: Layout, batch: int, tokens: int) -> float:
@@ -75,17 +73,22 @@ class Program:
         config = layout.config
         return self.passes * _FLOAT32 * config.hidden_size * config.num_hidden_layers * rows * tokens
 
+    def chain_cycles(self, layout: Layout, tokens: int) -> float:
+        """Of the linear layers, one after the other, for so many tokens a row."""
+        return self.chain * tokens * layout.config.layer_types.count(LINEAR_ATTENTION)
+
 
 # Counted in programs compiled for MI355X (jax 0.10.2, `launches.py`), the 397B in FP8, EP 8, 8,192 tokens a
 # row: `qwen-moe-jax compile 397b --device mi355x --count 8 --context 8192 --layers N --dtype fp8 --batch B
 # --program P`. decode: B 64 has 324 kernels with 4 layers and 606 with 8, B 1 188 with 4 (bfloat16, B 64:
-# 303); verify with --draft-tokens 3, B 64: 633; prefill of 4,096 tokens, 4 layers, of which the last one's
-# experts are dropped: 3,197, 896 of each linear layer in the loop over 64 chunks. How many belong to a layer
-# of either kind is by their names. Of a layer's 70 in decode 28 are a binary search of seven steps
-# (`kernels/tiles.py`). passes: bytes moved over the least without those of attention, in the table "Compiled
-# for AMD GPUs" of benchmarks/README.md: 41 in prefill of 1 x 4,096 tokens, 35 to 47 in decode of 64 rows.
+# 303); verify with --draft-tokens 3, B 64: 633; prefill of 4,096 tokens has 220 with 4 layers and 494 with 8,
+# the last one's attention and experts being dropped. How many belong to a layer of either kind is by their
+# names. Of a layer's 70 in decode 28 are a binary search of seven steps (`kernels/tiles.py`). passes: bytes
+# moved over the least without those of attention, in benchmarks/README.md, "Compiled for AMD GPUs": 35 to 47
+# in decode of 64 rows, 23 in prefill of 1 x 4,096 and 8 x 1,024 tokens. chain: matrix instructions alone
+# (`kernels/delta_chunks.py`), at the clock's highest, so a lower bound.
 DECODING = Program(linear=70, full=71, gathered=34, step=42, draft=103, passes=40)
-READING = Program(linear=152, full=75, turn=14, step=35, passes=40)
+READING = Program(linear=68, full=71, step=8, passes=23, chain=392)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ class StepTime:
         flop_seconds: of the products.
         exchange_seconds: of the collectives.
         gap_seconds: between kernels.
+        chain_seconds: of loops whose turns wait for one another, which leave most of the device idle.
         launch_seconds: of the host.
         tokens: new ones of the whole mesh.
     """
@@ -107,11 +111,13 @@ class StepTime:
     gap_seconds: float
     launch_seconds: float
     tokens: int
+    chain_seconds: float = 0
 
     @property
     def device_seconds(self) -> float:
         """Of the device alone."""
-        return max(self.memory_seconds, self.flop_seconds) + self.exchange_seconds + self.gap_seconds
+        waits = self.exchange_seconds + self.gap_seconds + self.chain_seconds
+        return max(self.memory_seconds, self.flop_seconds) + waits
 
     @property
     def seconds(self) -> float:
@@ -120,12 +126,18 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What takes the most of it: "launches" of the host, or of the device "memory", "FLOPs", "links" or
-        "gaps"."""
+        """What takes the most of it: "launches" of the host, or of the device "memory", "FLOPs", "links",
+        "gaps" or "chain"."""
         if self.launch_seconds > self.device_seconds:
             return "launches"
-        shares = self.memory_seconds, self.flop_seconds, self.exchange_seconds, self.gap_seconds
-        return max(zip(shares, ("memory", "FLOPs", "links", "gaps"), strict=True))[1]
+        shares = {
+            "memory": self.memory_seconds,
+            "FLOPs": self.flop_seconds,
+            "links": self.exchange_seconds,
+            "gaps": self.gap_seconds,
+            "chain": self.chain_seconds,
+        }
+        return max(shares, key=lambda name: shares[name])
 
     @property
     def tokens_per_second(self) -> float:
@@ -141,6 +153,7 @@ def step_time(
     *,
     kernels: float = 0,
     activations: float = 0,
+    chain: float = 0,
     dtype: str = "bfloat16",
 ) -> StepTime:
     """The model itself.
@@ -152,6 +165,7 @@ def step_time(
         assumptions: about it.
         kernels: that it starts.
         activations: bytes that it reads and writes beside the least.
+        chain: cycles in which most of the device waits.
         dtype: of the products; this library's are bfloat16 with float8 matrices, too.
 
     Raises:
@@ -165,6 +179,7 @@ def step_time(
         exchange_seconds=sum(assumptions.collective_seconds(one, device) for one in collectives),
         gap_seconds=kernels * assumptions.gap,
         launch_seconds=kernels * assumptions.launch,
+        chain_seconds=chain / (device.clock_ghz * 1e9),
         tokens=work.tokens,
     )
 
@@ -296,6 +311,7 @@ class TimeModel:
             self.assumptions,
             kernels=program.kernels(self.layout, batch, tokens, drafts),
             activations=program.activations(self.layout, batch, tokens),
+            chain=program.chain_cycles(self.layout, tokens),
         )
 
 

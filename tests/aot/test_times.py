@@ -153,16 +153,21 @@ def test_a_step_by_hand() -> None:
     assert slow.bound == "launches"
     many = step_time(work, [], MI355X, given.changed({"gap": 1e-4}), kernels=100)
     assert many.bound == "gaps"
+    waiting = step_time(work, [], MI355X, given, chain=2.4e9)
+    assert waiting.chain_seconds == pytest.approx(1)
+    assert waiting.seconds == pytest.approx(1 + step_time(work, [], MI355X, given).seconds)
+    assert waiting.bound == "chain"
 
 
-def test_kernels_are_counted_by_layer_kind_loop_and_draft() -> None:
-    program = Program(linear=10, full=7, gathered=4, turn=2, step=5, draft=30, passes=3)
+def test_kernels_are_counted_by_layer_kind_and_draft() -> None:
+    program = Program(linear=10, full=7, gathered=4, step=5, draft=30, passes=3, chain=100)
     layout = model(sizes=(2, 1, 1)).layout
     # three linear layers and one of attention; 13 rows of a rank are 130 slots of 512 experts, 12 are 120
-    assert program.kernels(layout, 26) == 3 * (10 + 2) + 7 + 5
-    assert program.kernels(layout, 24) == 3 * (10 + 2 - 4) + (7 - 4) + 5
-    assert program.kernels(layout, 24, tokens=4, drafts=3) == 3 * (10 + 2) + 7 + 5 + 3 * 30
-    assert program.kernels(layout, 2, tokens=130) == 3 * (10 + 3 * 2) + 7 + 5
+    assert program.kernels(layout, 26) == 3 * 10 + 7 + 5
+    assert program.kernels(layout, 24) == 3 * (10 - 4) + (7 - 4) + 5
+    assert program.kernels(layout, 24, tokens=4, drafts=3) == 3 * 10 + 7 + 5 + 3 * 30
+    assert program.kernels(layout, 2, tokens=130) == 3 * 10 + 7 + 5
+    assert program.chain_cycles(layout, 130) == 3 * 130 * 100
     # eight rows on two data ranks
     assert program.activations(layout, 8, 5) == 3 * 4 * 4096 * 4 * (4 * 5)
 

@@ -1,0 +1,56 @@
+"""A prefill step of the 397B on 8 AMD GPUs, of any number of rows: bytes and FLOPs over the least.
+
+The engine reads one row of a data rank at a time, and so does `compile`; this lowers the same step for more.
+Nothing is run on a GPU. `python benchmarks/aot_prefill.py --rows 8 --tokens 1024` takes about 90 seconds, after
+`qwen-moe-jax toolchain`.
+"""
+
+import argparse
+import dataclasses
+
+from qwen_moe_jax.aot.commands import kernels_asked
+from qwen_moe_jax.aot.compile import compile_deployment, make_deployment
+from qwen_moe_jax.aot.programs import Deployment
+from qwen_moe_jax.configs import find_config
+from qwen_moe_jax.devices import find_device
+
+
+class Rows(Deployment):
+    """A deployment all of whose rows are read at once, to the end of their room."""
+
+    def step_rows(self, program: str) -> int:
+        """All."""
+        return self.rows
+
+    def step_tokens(self, program: str) -> int:
+        """As many as a row may hold."""
+        return self.context
+
+
+def main() -> None:
+    """Prints one program's report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="mi355x")
+    parser.add_argument("--dtype", choices=("bfloat16", "float8"), default="bfloat16")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--kernels", default="auto", help="as of `qwen-moe-jax compile`")
+    options = parser.parse_args()
+    device, config = find_device(options.device), find_config("397b", dtype=options.dtype)
+    kinds = config.layer_types[: options.layers]
+    config = dataclasses.replace(config, num_hidden_layers=len(kinds), layer_types=kinds)
+    made = make_deployment(
+        config,
+        device,
+        expert=8,
+        batch=options.rows,
+        context=options.tokens,
+        kernels=kernels_asked(options.kernels),
+    )
+    deployment = Rows(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
+    print(compile_deployment(deployment, device, model="397b", programs=("prefill",)))
+
+
+if __name__ == "__main__":
+    main()
