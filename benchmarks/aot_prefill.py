@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", help="as of `qwen-moe-jax compile`")
     options = parser.parse_args()
     device, config = find_device(options.device), find_config("397b", dtype=options.dtype)
-    kinds = config.layer_types[: options.layers]
-    config = dataclasses.replace(config, num_hidden_layers=len(kinds), layer_types=kinds)
+    config = config.with_layers(config.layers[: options.layers])
     made = make_deployment(
         config,
         device,
