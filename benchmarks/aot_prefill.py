@@ -1,8 +1,8 @@
 """A prefill step of the 397B on 8 AMD GPUs, of any number of rows: bytes and FLOPs over the least.
 
 The engine reads one row of a data rank at a time, and so does `compile`; this lowers the same step for more.
-Nothing is run on a GPU. `python benchmarks/aot_prefill.py --rows 8 --tokens 1024` takes about 90 seconds, after
-`qwen-moe-jax toolchain`.
+Nothing is run on a GPU. `python benchmarks/aot_prefill.py --rows 8 --tokens 1024` takes about 90 seconds,
+after `qwen-moe-jax toolchain`.
 """
 
 import argparse

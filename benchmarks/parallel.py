@@ -34,10 +34,7 @@ from qwen_moe_jax.config import ModelConfig  # noqa: E402
 from qwen_moe_jax.kernels.table import Kernels  # noqa: E402
 from qwen_moe_jax.model.decoder import with_parameters  # noqa: E402
 from qwen_moe_jax.model.experts import choose_experts  # noqa: E402
-from qwen_moe_jax.model.moe import (
-    SparseMoe,
-    gated_mlp,
-)
+from qwen_moe_jax.model.moe import SparseMoe, gated_mlp  # noqa: E402
 from qwen_moe_jax.model.params import DtypePolicy  # noqa: E402
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder  # noqa: E402
 from qwen_moe_jax.parallel.layout import DISPATCHES, SHARED_EXPERT_MODES, Layout  # noqa: E402

@@ -1,4 +1,4 @@
-"""A prompt of 20,000 tokens: the reference's logits, and the tokens that follow, through many chunks and pages."""
+"""A prompt of 20,000 tokens: the reference's logits, and the tokens that follow."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from support.reference import build_reference, reference_greedy, save_reference
 from qwen_moe_jax import QwenMoe
 
 TOKENS, LAST, NEW = 20_000, 200, 8
-# Both sides are float32 and so far from the truth at most (`support/parity.py`), here after a hundred times as
-# many steps of a state that forgets.
+# Both sides are float32 and so far from the truth at most (`support/parity.py`), here after a hundred times
+# as many steps of a state that forgets.
 TOLERANCE = 2 * LARGEST_DIFFERENCE
 
 
