@@ -6,25 +6,17 @@ after `qwen-moe-jax toolchain`.
 """
 
 import argparse
-import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.whole_prompts import whole_prompts
 
 from qwen_moe_jax.aot.commands import kernels_asked
-from qwen_moe_jax.aot.compile import compile_deployment, make_deployment
-from qwen_moe_jax.aot.programs import Deployment
+from qwen_moe_jax.aot.compile import compile_deployment
 from qwen_moe_jax.configs import find_config
 from qwen_moe_jax.devices import find_device
-
-
-class Rows(Deployment):
-    """A deployment all of whose rows are read at once, to the end of their room."""
-
-    def step_rows(self, program: str) -> int:
-        """All."""
-        return self.rows
-
-    def step_tokens(self, program: str) -> int:
-        """As many as a row may hold."""
-        return self.context
 
 
 def main() -> None:
@@ -35,19 +27,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--attention", choices=("tensor", "data"), default="tensor")
     parser.add_argument("--kernels", default="auto", help="as of `qwen-moe-jax compile`")
     options = parser.parse_args()
     device, config = find_device(options.device), find_config("397b", dtype=options.dtype)
-    config = config.with_layers(config.layers[: options.layers])
-    made = make_deployment(
-        config,
+    deployment = whole_prompts(
+        config.with_layers(config.layers[: options.layers]),
         device,
+        rows=options.rows,
+        tokens=options.tokens,
         expert=8,
-        batch=options.rows,
-        context=options.tokens,
+        attention=options.attention,
+        shared_expert="outside" if options.attention == "data" else "sharded",
         kernels=kernels_asked(options.kernels),
     )
-    deployment = Rows(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
     print(compile_deployment(deployment, device, model="397b", programs=("prefill",)))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.formats.block_scaled import BlockScaled, Matrix
 from qwen_moe_jax.formats.codes import CODES
+from qwen_moe_jax.kernels.combine import combine_slots
 from qwen_moe_jax.kernels.gathered_matmul import gathered_matmul
 from qwen_moe_jax.kernels.grouped_matmul import TileSizes, grouped_matmul
 from qwen_moe_jax.kernels.launch import Schedule
@@ -92,7 +93,10 @@ def grouped_kernels(
 
     inner = product(x, gate_up, "grouped_gate_up", gated=True, slots_per_row=top_k)
     outputs = product(inner, down, "grouped_down", gated=False, slots_per_row=1)
-    return _combined(outputs, expert_ids, weights, experts, by_slot)
+    if by_slot:
+        return _combined(outputs, expert_ids, weights, experts, by_slot)
+    total = combine_slots(outputs, expert_ids, weights, experts, expected_slots=expected, interpret=interpret)
+    return total.astype(jnp.promote_types(total.dtype, jnp.float32))
 
 
 def tile_rows(mean: float) -> int:

@@ -100,7 +100,7 @@ def grouped_matmul(
         columns=columns,
         stored=Stored.of(weights, step, widening),
     )
-    expected_tiles = tiles.expected(expected_groups)
+    expected_tiles = min(tiles.expected(expected_groups), tiles.group.shape[0])  # of a single group all are
     of_slot = inner * x.dtype.itemsize + out * jnp.dtype(dtype or x.dtype).itemsize
     cost = KernelCost(
         flops=2.0 * expected_tiles * tiles.rows * weights.shape[1] * inner,

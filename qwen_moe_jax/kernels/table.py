@@ -142,7 +142,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("delta_chunks", AMD, None, None, "pallas_chunks", "chunks stay on the chip, inputs are read once"),
     Rule("delta_chunks", ("cpu",), _NATIVE, None, "native", "a head's chunks stay in cache; measured"),
     Rule("delta_chunks", _ANY, None, None, "products", "chunks of matrix products"),
-    Rule("scaled", AMD, _BF16, 256, "pallas_tiles", "the widened matrix never meets the memory"),
+    Rule("scaled", AMD, _BF16, 1024, "pallas_tiles", "the widened matrix never meets the memory"),
     Rule("scaled", ("cpu",), _NATIVE, None, "native", "widened as it is read; measured"),
     Rule("scaled", _ANY, None, None, "multiplied_out", "the compiler fuses, or writes the matrix once"),
 )

@@ -151,6 +151,7 @@ def assert_only_known_calls(program: ProgramReport) -> None:
         "gathered_down",
         "grouped_gate_up",
         "grouped_down",
+        "combine",
         "flash_attention",
         "delta_step",
         "delta_chunks",
@@ -385,6 +386,7 @@ def test_the_whole_397b_decodes_on_eight(device, tmp_path):
         "flash_attention": 15,
         "grouped_gate_up": 60,
         "grouped_down": 60,
+        "combine": 60,
     } | {name: n for name, n in found.custom_calls.items() if "DeviceRadixSort" in name}
     assert found.traffic_ratio <= LARGEST_TRAFFIC
     # counted in few layers of FP8, which has some more

@@ -32,8 +32,12 @@ LENGTH = 70  # over the border of a page, and of a chunk of the delta rule
 SEEDS = (0, 3, 9, 22)  # layers of both kinds, several sizes
 
 
-@functools.cache
 def loaded(seed: int, model_type: str = QWEN35_MOE) -> tuple[QwenMoe, np.ndarray]:
+    return _loaded(seed, model_type)
+
+
+@functools.cache
+def _loaded(seed: int, model_type: str) -> tuple[QwenMoe, np.ndarray]:
     built = parity.random_model(seed, model_type)
     model = QwenMoe.from_pretrained(
         save_reference(built.reference, Path(tempfile.mkdtemp())), dtype="float32"

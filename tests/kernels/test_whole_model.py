@@ -25,6 +25,7 @@ KERNELS = (
     "gathered_down",
     "grouped_gate_up",
     "grouped_down",
+    "combine",
     "flash_attention",
     "delta_step",
     "delta_chunks",

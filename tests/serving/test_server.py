@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 from starlette.requests import ClientDisconnect
-from support.servers import idle, serving
+from support.servers import comes_to, idle, serving
 from support.slow import some
 
 from qwen_moe_jax import QwenMoe
@@ -210,7 +210,7 @@ def test_who_goes_is_cancelled(server):
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body | {"stream": True}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        assert engine.stats().running == 1
+        assert comes_to(lambda: engine.stats().running == 1)
     assert idle(engine)
     with pytest.raises(httpx.ReadTimeout):  # and gone before there is a reply
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.3)

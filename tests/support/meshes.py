@@ -98,9 +98,13 @@ def run(model: QwenMoe, rows: list[np.ndarray]) -> Run:
     return Run([np.concatenate(seen) for seen in found], chosen)
 
 
-@functools.cache
 def mesh_case(seed: int, model_type: str = QWEN35_MOE) -> MeshCase:
     """Made once a process."""
+    return _mesh_case(seed, model_type)
+
+
+@functools.cache
+def _mesh_case(seed: int, model_type: str) -> MeshCase:
     built = parity.random_model(seed, model_type)
     folder = save_reference(built.reference, Path(tempfile.mkdtemp()))
     model = QwenMoe.from_pretrained(folder, dtype=jnp.float32)

@@ -173,10 +173,12 @@ def compare_greedy(
     return None
 
 
-@functools.cache
 def random_model(seed: int, model_type: str = QWEN35_MOE) -> RandomModel:
     """Built once a process."""
-    return RandomModel(seed, model_type)
+    return _random_model(seed, model_type)
+
+
+_random_model = functools.cache(RandomModel)  # to which a default and the same value given are two
 
 
 def reference_on(case: Case) -> np.ndarray:

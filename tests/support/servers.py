@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -34,12 +34,21 @@ def serving(
             thread.join(30)
 
 
-def idle(engine: Any, seconds: float = 20) -> bool:
-    """Whether an engine comes to have nothing to do, with all its pages and slots."""
+def comes_to(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether a condition holds within so many seconds."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        stats = engine.stats()
-        if stats.running == stats.waiting == 0 and stats.free_pages == stats.pages:
+        if condition():
             return True
         time.sleep(0.02)
     return False
+
+
+def idle(engine: Any) -> bool:
+    """Whether an engine comes to have nothing to do, with all its pages and slots."""
+
+    def done() -> bool:
+        stats = engine.stats()
+        return stats.running == stats.waiting == 0 and stats.free_pages == stats.pages
+
+    return comes_to(done)
