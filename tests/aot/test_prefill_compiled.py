@@ -11,6 +11,7 @@ from support.slow import some
 from support.whole_prompts import whole_prompts
 
 from qwen_moe_jax.aot.compile import compile_deployment, make_deployment
+from qwen_moe_jax.aot.programs import PROGRAMS
 from qwen_moe_jax.aot.report import ProgramReport
 from qwen_moe_jax.config import FULL_ATTENTION
 from qwen_moe_jax.configs import find_config
@@ -114,3 +115,26 @@ def test_attention_data_parallelism_stores_no_key_twice_and_moves_less(device: s
     of_layers = [one for one in step.collectives if one.bytes > 1024 and one.count >= few.num_hidden_layers]
     assert sum(one.count for one in of_layers) <= 2 * few.num_hidden_layers
     assert link_bytes(step) < link_bytes(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "attention"), [(1, "tensor"), (8, "data")])
+def test_the_longest_context_compiles_with_caches_in_place(rows: int, attention: str) -> None:
+    config = find_config("397b", dtype="float8")
+    deployment = make_deployment(
+        config.with_layers(config.layers[:4]),
+        DEVICES["mi355x"],
+        batch=rows,
+        context=config.max_position_embeddings,
+        expert=RANKS,
+        attention=attention,
+        shared_expert="auto",
+    )
+    report = compile_deployment(deployment, DEVICES["mi355x"], model="397b", programs=PROGRAMS)
+    assert config.max_position_embeddings == 262_144
+    for found in report.programs:
+        assert report.kv + report.state <= found.donated <= 1.05 * (report.kv + report.state)
+        # no scores of a whole context: those of one row, head and chunk alone would be 4 GiB
+        assert found.temporaries < 5 * 2**30
+    assert report.programs[-1].program == "decode"
+    assert report.programs[-1].traffic_ratio <= 1.1
