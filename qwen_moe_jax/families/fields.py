@@ -115,8 +115,27 @@ def whole_heads(text: Mapping[str, Any]) -> None:
             )
 
 
-def mlp_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    """MLPs: experts in each `decoder_sparse_step`-th layer, unless `mlp_only_layers` names it."""
+def attention_only(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of heads, layers and routing of a family with full attention in each layer."""
+    whole_heads(text)
+    return {
+        "head_dim": head_dim(text, sizes),
+        "layer_types": attention_layers(text, sizes["num_hidden_layers"]),
+        **routing(text, sizes, renormalised=False),
+    }
+
+
+def routing(text: Mapping[str, Any], sizes: Mapping[str, int], *, renormalised: bool) -> dict[str, Any]:
+    """The fields `mlp_types` and `norm_topk_prob`.
+
+    Experts are in each `decoder_sparse_step`-th layer, unless `mlp_only_layers` names it.
+
+    Args:
+        text: the text model's object.
+        sizes: read before.
+        renormalised: what a config.json without `norm_topk_prob` means.
+    """
+    layers = sizes["num_hidden_layers"]
     step = positive_int(text, "decoder_sparse_step", 1)
     dense = text.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple) or not all(is_int(i) and 0 <= i < layers for i in dense):
@@ -129,10 +148,14 @@ def mlp_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
             f"decoder_sparse_step {step} and mlp_only_layers {list(dense)} leave no layer with experts; "
             "expected one at least."
         )
-    return found
+    return {"mlp_types": found, "norm_topk_prob": switch(text, "norm_topk_prob", renormalised)}
 
 
-def written_mlps(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that `mlp_types` reads."""
+def written_routing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that `routing` reads."""
     dense = [layer for layer, kind in enumerate(fields["mlp_types"]) if kind == DENSE]
-    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return {
+        "norm_topk_prob": fields["norm_topk_prob"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+    }

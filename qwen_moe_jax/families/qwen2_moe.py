@@ -8,36 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.families.family import Family
-from qwen_moe_jax.families.fields import (
-    attention_layers,
-    head_dim,
-    mlp_types,
-    switch,
-    whole_heads,
-    written_mlps,
-)
-from qwen_moe_jax.families.rope import RopeConfig
-
-ROPE = RopeConfig(theta=1e4, partial_rotary_factor=1.0, mrope_section=None)
+from qwen_moe_jax.families.fields import attention_only, switch, written_routing
+from qwen_moe_jax.families.rope import PLAIN_ROPE
 
 
 def _read(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    whole_heads(text)
-    return {
-        "head_dim": head_dim(text, sizes),
-        "layer_types": attention_layers(text, sizes["num_hidden_layers"]),
-        "mlp_types": mlp_types(text, sizes["num_hidden_layers"]),
-        "norm_topk_prob": switch(text, "norm_topk_prob", False),
-        "qkv_bias": switch(text, "qkv_bias", True),
-    }
+    return {**attention_only(text, sizes), "qkv_bias": switch(text, "qkv_bias", True)}
 
 
 def _write(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "head_dim": fields["head_dim"],
-        "norm_topk_prob": fields["norm_topk_prob"],
         "qkv_bias": fields["qkv_bias"],
-        **written_mlps(fields),
+        **written_routing(fields),
         "use_sliding_window": False,
     }
 
@@ -61,7 +44,7 @@ FAMILY = Family(
     },
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     features={"norm_offset": 0.0, "qk_norm": False, "attn_output_gate": False},
-    rope=ROPE,
+    rope=PLAIN_ROPE,
     read=_read,
     write=_write,
 )

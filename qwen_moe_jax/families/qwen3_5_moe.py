@@ -11,7 +11,7 @@ from qwen_moe_jax.families.family import Family
 from qwen_moe_jax.families.fields import SPARSE, layer_types
 from qwen_moe_jax.families.rope import RopeConfig
 
-# Sizes that all of Qwen3.5 has.
+# Sizes that all of Qwen3.5 has, and Qwen3-Next but for its vocabulary.
 COMMON_SIZES: Mapping[str, int] = {
     "vocab_size": 248320,
     "head_dim": 256,

@@ -9,24 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.families.family import Family
-from qwen_moe_jax.families.fields import layer_types, mlp_types, switch, written_mlps
-from qwen_moe_jax.families.qwen3_5_moe import COMMON_FEATURES
+from qwen_moe_jax.families.fields import layer_types, routing, written_routing
+from qwen_moe_jax.families.qwen3_5_moe import COMMON_FEATURES, COMMON_SIZES
 from qwen_moe_jax.families.rope import RopeConfig
 
 
 def _read(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     return {
         "layer_types": layer_types(text, sizes["num_hidden_layers"]),
-        "mlp_types": mlp_types(text, sizes["num_hidden_layers"]),
-        "norm_topk_prob": switch(text, "norm_topk_prob", True),
+        **routing(text, sizes, renormalised=True),
     }
 
 
 def _write(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "layer_types": list(fields["layer_types"]),
-        "norm_topk_prob": fields["norm_topk_prob"],
-        **written_mlps(fields),
+        **written_routing(fields),
         "attention_bias": False,
     }
 
@@ -36,23 +34,17 @@ FAMILY = Family(
     title="Qwen3-Next",
     architecture="Qwen3NextForCausalLM",
     sizes={
+        **COMMON_SIZES,
         "vocab_size": 151936,
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 48,
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
         "num_experts": 512,
         "num_experts_per_tok": 10,
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
-        "max_position_embeddings": 32768,
     },
     fixed={"hidden_act": "silu", "attention_bias": False},
     features=COMMON_FEATURES,

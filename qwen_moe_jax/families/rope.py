@@ -51,6 +51,10 @@ class RopeConfig:
     truncate: bool = True
 
 
+# Of whole heads, with one position a token; the base that the reference falls back to.
+PLAIN_ROPE = RopeConfig(theta=1e4, partial_rotary_factor=1.0, mrope_section=None)
+
+
 def read_rope(text: Mapping[str, Any], default: RopeConfig) -> RopeConfig:
     """Reads `rope_parameters`, or the older `rope_scaling` with `rope_theta` beside it.
 
