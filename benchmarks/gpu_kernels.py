@@ -19,11 +19,15 @@ from qwen_moe_jax.formats.cache import PAGE
 from qwen_moe_jax.kernels import delta_step as delta_kernel
 from qwen_moe_jax.kernels import experts as expert_kernels
 from qwen_moe_jax.kernels import flash_attention, scaled_matmul
+from qwen_moe_jax.kernels.combine import combine_slots
+from qwen_moe_jax.kernels.delta_chunks import delta_chunks
 from qwen_moe_jax.kernels.table import AMD
 from qwen_moe_jax.model.attention import blockwise_attention
-from qwen_moe_jax.model.delta_rule import delta_rule_scan
+from qwen_moe_jax.model.delta_net import split_heads
+from qwen_moe_jax.model.delta_rule import delta_rule_chunked, delta_rule_scan
 from qwen_moe_jax.model.experts import gathered_experts, grouped_experts
 from qwen_moe_jax.model.linear import linear
+from qwen_moe_jax.model.norms import L2_EPS
 from qwen_moe_jax.selftest.measure import seconds_a_call
 from qwen_moe_jax.selftest.report import sentence
 
@@ -72,7 +76,9 @@ def cases(target: str, rehearse: bool) -> Iterator[Case]:
     widening = "native" if target == "gfx950" else "bits"
     yield from _experts(rehearse, interpret)
     yield from _attention(rehearse, interpret)
+    yield from _combine(rehearse, interpret)
     yield from _delta_step(rehearse, interpret)
+    yield from _delta_chunks(rehearse, interpret)
     yield from _float8(rehearse, interpret, widening)
 
 
@@ -170,6 +176,57 @@ def _attention(rehearse: bool, interpret: bool) -> Iterator[Case]:
             ),
             bytes=2.0 * (2 * rows * keys * kv_heads * dim + 2 * rows * queries * heads * dim),
             flops=4.0 * pairs * heads * dim,
+        )
+
+
+def _combine(rehearse: bool, interpret: bool) -> Iterator[Case]:
+    hidden, _, experts, top_k = TINY_EXPERTS if rehearse else EXPERTS
+    tokens, held = (16, experts // 2) if rehearse else (4096, experts // 8)
+    outputs = _normal(14, tokens * top_k, hidden)
+    ids = jax.random.randint(jax.random.key(15), (tokens, top_k), 0, experts).astype(jnp.int32)
+    slots = tokens * top_k * held / experts
+
+    def kernel(outputs: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        return combine_slots(outputs, ids, weights, held, expected_slots=slots, interpret=interpret)
+
+    def plain(outputs: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        weighted = outputs.reshape(*ids.shape, -1).astype(jnp.float32) * weights[..., None]
+        return jnp.where((ids < held)[..., None], weighted, 0).sum(axis=1).astype(outputs.dtype)
+
+    yield Case(
+        name="combine",
+        size=f"{tokens} tokens, {top_k} slots, {held} of {experts} experts",
+        kernel=kernel,
+        plain=plain,
+        arguments=(outputs, ids, jnp.full(ids.shape, 1 / top_k)),
+        bytes=2.0 * hidden * (slots + tokens),
+        flops=2.0 * slots * hidden,
+    )
+
+
+def _delta_chunks(rehearse: bool, interpret: bool) -> Iterator[Case]:
+    heads, key_heads, dim = TINY_DELTA if rehearse else DELTA
+    for rows, tokens in [(1, 32)] if rehearse else [(1, 4096), (8, 1024)]:
+        state = jax.random.normal(jax.random.key(16), (rows, heads, dim, dim), jnp.float32)
+        mixed = _normal(17, rows, tokens, (2 * key_heads + heads) * dim)
+        g, beta = jnp.full((rows, tokens, heads), -0.1), jnp.full((rows, tokens, heads), 0.5)
+        slots, counts = jnp.arange(rows, dtype=jnp.int32), jnp.full(rows, tokens, jnp.int32)
+
+        def plain(
+            state: jax.Array, slots: jax.Array, mixed: jax.Array, counts: jax.Array, *gates: jax.Array
+        ) -> Any:
+            sizes = {"key_dim": state.shape[2], "heads": state.shape[1], "value_dim": state.shape[3]}
+            return delta_rule_chunked(*split_heads(mixed, counts, **sizes), *gates, state=state)
+
+        yield Case(
+            name="delta chunks",
+            size=f"{rows} rows of {tokens} tokens, {heads} heads of {dim} x {dim}",
+            kernel=lambda *given: delta_chunks(*given, eps=L2_EPS, interpret=interpret),
+            plain=plain,
+            arguments=(state, slots, mixed, counts, g, beta),
+            bytes=2.0 * 4 * state.size + 2.0 * (mixed.size + rows * tokens * heads * dim) + 8.0 * g.size,
+            flops=7.0 * rows * tokens * heads * dim * dim,
+            carried=True,
         )
 
 
