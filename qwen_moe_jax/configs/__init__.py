@@ -4,9 +4,9 @@ Sources. Defaults of transformers 5.23.0, which are a model's: Qwen3.5-35B-A3B, 
 and Qwen1.5-MoE-A2.7B, with the rotary base, the most positions and the ends of a text of their releases.
 Training recipes of THUDM/slime (`scripts/models`): Qwen3.5-0.8B and 27B, Qwen3-30B-A3B, 235B-A22B and
 Coder-480B-A35B, Qwen3-Next-80B-A3B. A test of NVIDIA/TensorRT-LLM that repeats the file: Qwen2-57B-A14B.
-*Reported*, from public descriptions: Qwen3.5-4B, 122B-A10B and 397B-A17B. None was read from its checkpoint;
-each has as many parameters as its name says. So a checkpoint's own config.json always wins (`find_config`),
-and loading a checkpoint never looks here.
+*Reported*, from public descriptions: Qwen3.5-2B, 4B, 122B-A10B and 397B-A17B. None was read from its
+checkpoint; each has as many parameters as its name says. So a checkpoint's own config.json always wins
+(`find_config`), and loading a checkpoint never looks here.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from qwen_moe_jax.schemes.presets import of_dtype
 _FOLDER = Path(__file__).parent
 _NAMES = (
     "qwen3.5-0.8b",
+    "qwen3.5-2b",
     "qwen3.5-4b",
     "qwen3.5-9b",
     "qwen1.5-moe-a2.7b",

@@ -69,7 +69,7 @@ def test_what_the_models_of_qwen35_have_in_common(name: str) -> None:
     assert config.vocab_size == 248320
     assert config.max_position_embeddings == 262144
     assert config.eos_token_ids == (248044, 248046)
-    assert config.tie_word_embeddings == (short_name(name) in ("0.8b", "4b"))
+    assert config.tie_word_embeddings == (short_name(name) in ("0.8b", "2b", "4b"))
     assert config.quantization is None
     assert config.dtype == "bfloat16"
     assert (config.rope.kind, config.rope.theta, config.rotary_dim) == ("default", 1e7, 64)
