@@ -202,6 +202,7 @@ def test_config_json_goes_there_and_back(model_type: str) -> None:
         ("qwen2_moe", {"qkv_bias": 1}, "qkv_bias is 1; expected true or false"),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
         ("qwen2_moe", {"layer_types": ["sliding_attention"]}, "expected 'full_attention' for each"),
+        ("qwen2_moe", {"layer_types": 5}, "layer_types is 5; expected 'full_attention' for each"),
         ("qwen3_moe", {"num_local_experts": 3}, "num_local_experts is 3 and num_experts"),
         ("qwen3_moe", {"mlp_only_layers": [7]}, r"mlp_only_layers is \[7\]; expected indices"),
         ("qwen3_next", {"decoder_sparse_step": 99}, "leave no layer with experts"),

@@ -90,7 +90,7 @@ def attention_layers(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     """Token mixers of a family that has full attention only."""
     given = text.get("layer_types")
     wanted = (FULL_ATTENTION,) * layers
-    if given is not None and tuple(given) != wanted:
+    if given is not None and (not isinstance(given, list | tuple) or tuple(given) != wanted):
         raise ConfigError(
             f"layer_types is {given!r}; expected {FULL_ATTENTION!r} for each of the {layers} layers."
         )
