@@ -33,6 +33,21 @@ class Run:
     place: int
 
 
+@dataclasses.dataclass(frozen=True)
+class FusedTensor:
+    """A tensor that holds several parameters.
+
+    Attributes:
+        name: canonical.
+        rows: of it.
+        runs: what it is made of, in the order of its rows.
+    """
+
+    name: str
+    rows: int
+    runs: tuple[Run, ...]
+
+
 def fused_name(config: ModelConfig, name: str) -> str | None:
     """The canonical name of the fused tensor that a parameter is stored in, or None if it is not fused.
 
@@ -52,8 +67,8 @@ def fused_members(config: ModelConfig, name: str) -> tuple[str, ...]:
     return tuple(f"{found.layer}.linear_attn.{part}{found.ending}" for part in _FUSED[found.fused])
 
 
-def fused_runs(config: ModelConfig, name: str) -> list[Run]:
-    """What the fused tensor of a parameter is made of, in the order of its rows; [] if it is not fused.
+def fused_tensor(config: ModelConfig, name: str) -> FusedTensor | None:
+    """The tensor that a parameter is stored in, or None if it is not fused.
 
     Args:
         config: of the text model.
@@ -62,9 +77,9 @@ def fused_runs(config: ModelConfig, name: str) -> list[Run]:
     Raises:
         CheckpointError: a scale is shared by rows of more than one of them.
     """
-    found, members = _split(config, name), fused_members(config, name)
-    if found is None:
-        return []
+    found, fused, members = _split(config, name), fused_name(config, name), fused_members(config, name)
+    if found is None or fused is None:
+        return None
     key, values = config.linear_key_head_dim, config.linear_num_value_heads // config.linear_num_key_heads
     each = values * config.linear_value_head_dim
     # of the first head: (which member, first row of it, rows)
@@ -77,11 +92,11 @@ def fused_runs(config: ModelConfig, name: str) -> list[Run]:
         scheme = config.quantization.scheme(f"{found.layer}.linear_attn.{found.fused}", "model.")
         shared = scheme.group[0] if scheme is not None else 1
         if not shared or shared >= whole:  # one scale for all of the fused tensor
-            return [Run(member, 0, 1, 0) for member in members]
+            return FusedTensor(fused, 1, tuple(Run(member, 0, 1, 0) for member in members))
     if any(count % shared or first % shared for _, first, count in order):
         counts = ", ".join(str(count) for _, _, count in order)
         raise CheckpointError(
-            f"{fused_name(config, name)} has one scale for {shared} rows, while a head has {counts} "
+            f"{fused} has one scale for {shared} rows, while a head has {counts} "
             "rows of what is fused in it; only scales that each belong to one of these are read and written. "
             "Leave the matrix unquantised."
         )
@@ -90,7 +105,7 @@ def fused_runs(config: ModelConfig, name: str) -> list[Run]:
         for which, first, count in order:
             runs.append(Run(members[which], (first + head * count) // shared, count // shared, place))
             place += count // shared
-    return runs
+    return FusedTensor(fused, place, tuple(runs))
 
 
 class _Split(NamedTuple):

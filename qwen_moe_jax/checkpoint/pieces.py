@@ -3,7 +3,7 @@
 import dataclasses
 from functools import cached_property
 
-from qwen_moe_jax.checkpoint.fused_rows import fused_name, fused_runs
+from qwen_moe_jax.checkpoint.fused_rows import fused_tensor
 from qwen_moe_jax.checkpoint.names import matrix_name
 from qwen_moe_jax.config import ModelConfig
 
@@ -75,14 +75,12 @@ def fused_pieces(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list
         name: canonical, of a parameter or of its scales or zero points.
         shape: of it.
     """
-    runs = fused_runs(config, name)
-    if not runs:
+    fused, rest = fused_tensor(config, name), shape[1:]
+    if fused is None:
         return []
-    stored, rows = fused_name(config, name) or name, max(run.place + run.count for run in runs)
-    rest = shape[1:]
     return [
-        Piece(stored, (run.count, *rest), (run.first, *(0 for _ in rest)), run.place, rows)
-        for run in runs
+        Piece(fused.name, (run.count, *rest), (run.first, *(0 for _ in rest)), run.place, fused.rows)
+        for run in fused.runs
         if run.name == name
     ]
 
@@ -113,15 +111,13 @@ def file_tensors(
         shape: of the parameter.
         split_experts: experts become one matrix each.
     """
-    runs = fused_runs(config, name)
-    if not runs:
+    fused = fused_tensor(config, name)
+    if fused is None:
         pieces = (expert_pieces(name, shape) if split_experts else []) or [whole_piece(name, shape)]
         return [FileTensor(piece.name, piece.shape, ((name, piece.box),)) for piece in pieces]
-    if name != runs[0].name:
+    if name != fused.runs[0].name:
         return []
     rest = tuple(slice(0, n) for n in shape[1:])
-    boxes = tuple((run.name, (slice(run.first, run.first + run.count), *rest)) for run in runs)
-    if runs[-1].place == 0:  # one scale, which is that of all
-        boxes = boxes[:1]
-    rows = max(run.place + run.count for run in runs)
-    return [FileTensor(fused_name(config, name) or name, (rows, *shape[1:]), boxes)]
+    boxes = tuple((run.name, (slice(run.first, run.first + run.count), *rest)) for run in fused.runs)
+    # where there is one scale, it is that of all
+    return [FileTensor(fused.name, (fused.rows, *shape[1:]), boxes[:1] if fused.rows == 1 else boxes)]

@@ -9,16 +9,19 @@ from typing import Any
 
 from qwen_moe_jax.families.family import Family
 from qwen_moe_jax.families.fields import DENSE, layer_types
-from qwen_moe_jax.families.qwen3_5_moe import COMMON_FEATURES, COMMON_FIXED, COMMON_SIZES, MTP, ROPE
+from qwen_moe_jax.families.qwen3_5_moe import (
+    COMMON_FEATURES,
+    COMMON_FIXED,
+    COMMON_SIZES,
+    MTP,
+    ROPE,
+    written_layers,
+)
 
 
 def _read(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     layers = sizes["num_hidden_layers"]
     return {"layer_types": layer_types(text, layers), "mlp_types": (DENSE,) * layers}
-
-
-def _write(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"layer_types": list(fields["layer_types"]), "attention_bias": False}
 
 
 FAMILY = Family(
@@ -39,6 +42,6 @@ FAMILY = Family(
     features={**COMMON_FEATURES, "norm_topk_prob": False},
     rope=ROPE,
     read=_read,
-    write=_write,
+    write=written_layers,
     mtp_layers=MTP,
 )

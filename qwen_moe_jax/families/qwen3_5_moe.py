@@ -44,7 +44,8 @@ def _read(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"layer_types": layer_types(text, layers), "mlp_types": (SPARSE,) * layers}
 
 
-def _write(fields: Mapping[str, Any]) -> dict[str, Any]:
+def written_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries on token mixers."""
     return {"layer_types": list(fields["layer_types"]), "attention_bias": False}
 
 
@@ -68,6 +69,6 @@ FAMILY = Family(
     features={**COMMON_FEATURES, "norm_topk_prob": True},
     rope=ROPE,
     read=_read,
-    write=_write,
+    write=written_layers,
     mtp_layers=MTP,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_moe_jax.families.family import Family
 from qwen_moe_jax.families.fields import layer_types, routing, written_routing
-from qwen_moe_jax.families.qwen3_5_moe import COMMON_FEATURES, COMMON_SIZES
+from qwen_moe_jax.families.qwen3_5_moe import COMMON_FEATURES, COMMON_SIZES, written_layers
 from qwen_moe_jax.families.rope import RopeConfig
 
 
@@ -22,11 +22,7 @@ def _read(text: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _write(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "layer_types": list(fields["layer_types"]),
-        **written_routing(fields),
-        "attention_bias": False,
-    }
+    return {**written_layers(fields), **written_routing(fields)}
 
 
 FAMILY = Family(

@@ -55,7 +55,8 @@ def gathered_kernels(
 
     inner = product(x, gate_up, "gathered_gate_up", gated=True, slots_per_row=expert_ids.shape[1])
     outputs = product(inner, down, "gathered_down", gated=False, slots_per_row=1)
-    return _combined(outputs, expert_ids, weights, gate_up.shape[0], by_slot)
+    weighted = _weighted(outputs, expert_ids, weights, gate_up.shape[0])
+    return weighted if by_slot else weighted.sum(axis=1)
 
 
 def grouped_kernels(
@@ -94,7 +95,7 @@ def grouped_kernels(
     inner = product(x, gate_up, "grouped_gate_up", gated=True, slots_per_row=top_k)
     outputs = product(inner, down, "grouped_down", gated=False, slots_per_row=1)
     if by_slot:
-        return _combined(outputs, expert_ids, weights, experts, by_slot)
+        return _weighted(outputs, expert_ids, weights, experts)
     total = combine_slots(outputs, expert_ids, weights, experts, expected_slots=expected, interpret=interpret)
     return total.astype(jnp.promote_types(total.dtype, jnp.float32))
 
@@ -124,14 +125,11 @@ def tile_sizes(rows: int, *, codes: bool) -> TileSizes:
     return TileSizes(columns=64, inner=128 if codes else 64, schedule=Schedule(warps=4, stages=2))
 
 
-def _combined(
-    outputs: jax.Array, expert_ids: jax.Array, weights: jax.Array, experts: int, by_slot: bool
-) -> jax.Array:
-    """Slots [tokens * top_k, hidden] -> their weighted sum, or each weighted; what has no expert is zero,
-    whatever lies in its memory."""
+def _weighted(outputs: jax.Array, expert_ids: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
+    """Slots [tokens * top_k, hidden] -> each weighted, float32 [tokens, top_k, hidden]; what has no expert is
+    zero, whatever lies in its memory."""
     tokens, top_k = expert_ids.shape
     wide = jnp.promote_types(outputs.dtype, jnp.float32)
     slots = outputs.reshape(tokens, top_k, -1)
     weighted = (slots * weights[..., None]).astype(wide)
-    weighted = jnp.where((expert_ids < experts)[..., None], weighted, 0)
-    return weighted if by_slot else weighted.sum(axis=1)
+    return jnp.where((expert_ids < experts)[..., None], weighted, 0)
