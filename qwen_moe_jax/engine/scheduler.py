@@ -15,9 +15,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from qwen_moe_jax.engine.pages import PagePool, PlacePool
 from qwen_moe_jax.engine.plan import (
-    BORDERS,
     DECODE,
     FINISHED,
     PREFILL,
@@ -30,30 +28,10 @@ from qwen_moe_jax.engine.plan import (
     Sequence,
     StateMove,
 )
-from qwen_moe_jax.engine.prefix_tree import Match, PrefixTree
+from qwen_moe_jax.engine.prefix_tree import Match
+from qwen_moe_jax.engine.rank_pools import RankPools
 from qwen_moe_jax.engine.shapes import PrefillShapes
 from qwen_moe_jax.errors import InputError
-
-
-class _Rank:
-    """What one data rank has."""
-
-    def __init__(self, slots: int, pages: int, page_length: int, snapshots: int):
-        self.slots = PlacePool(slots)
-        self.pool = PagePool(pages)
-        self.tree = PrefixTree(page_length, self.pool, snapshots)
-
-    @property
-    def available(self) -> int:
-        """Pages that a row could get."""
-        return self.pool.free + self.tree.evictable
-
-    def take_page(self) -> int | None:
-        """A page, from the prefix tree where none is free."""
-        page = self.pool.allocate()
-        if page is None and self.tree.evict_page():
-            page = self.pool.allocate()
-        return page
 
 
 class Scheduler:
@@ -92,7 +70,7 @@ class Scheduler:
         self.tables = np.full((ranks * slots, -(-context // page_length)), pages, np.int32)
         self.tables_version = 0
         self.preemptions = 0
-        self._ranks = [_Rank(slots, pages, page_length, snapshots) for _ in range(ranks)]
+        self._ranks = [RankPools(slots, pages, page_length, snapshots, prefix_cache) for _ in range(ranks)]
         self._slots, self._pages, self._page_length = slots, pages, page_length
         self._shapes = shapes
         self._prefix_cache = prefix_cache
@@ -182,7 +160,7 @@ class Scheduler:
         if sequence.state == WAITING:
             self._waiting.remove(sequence)
         else:
-            self._leave_behind(sequence)
+            self._ranks[sequence.rank].leave_behind(sequence)
             self._give_back(sequence)
         self._leave_group(sequence)
         sequence.state = FINISHED
@@ -320,26 +298,15 @@ class Scheduler:
                     sequence.state = DECODE
                 if sequence.borders and end == sequence.borders[0]:
                     sequence.borders.pop(0)
-                    saves += self._keep(sequence, end)
+                    place = self._ranks[number].keep_prefix(sequence, end)
+                    if place is not None:
+                        saves.append(StateMove(number, sequence.slot, place))
                 self._note_ready(sequence)
         return PrefillStep(shape, tuple(planned), tuple(self._restores), tuple(saves))
 
     def _until(self, sequence: Sequence) -> int:
         """Where a row's next chunk ends at the latest."""
         return sequence.borders[0] if sequence.borders else len(sequence.text) - 1
-
-    def _keep(self, sequence: Sequence, length: int) -> list[StateMove]:
-        """Leaves a row's pages so far, and the states behind them, to the prefix tree."""
-        tree = self._ranks[sequence.rank].tree
-        assert sequence.node is not None
-        sequence.node = tree.insert(sequence.text[:length], sequence.pages, sequence.node)
-        if sequence.node.snapshot is not None:
-            return []
-        place = tree.place_for_snapshot()
-        if place is None:
-            return []
-        tree.keep(sequence.node, place)
-        return [StateMove(sequence.rank, sequence.slot, place)]
 
     # Decoding.
 
@@ -362,7 +329,7 @@ class Scheduler:
                 fewest = min(steps, sequence.max_new_tokens - sequence.fewest_emitted)
                 sequence.in_flight.append((fewest, self._advance(sequence, steps)))
                 sequence.planned = self._most_planned(sequence)
-                self._get_places(sequence, length)
+                self._ranks[number].get_places(sequence, length)
                 planned.append(
                     DecodeRow(
                         sequence,
@@ -410,71 +377,14 @@ class Scheduler:
                 self._preempt(max((s for s in self._running if s.rank == sequence.rank), key=_by_number))
         return steps
 
-    def _get_places(self, sequence: Sequence, before: int) -> None:
-        """Places for snapshots at the page borders that a row may come to with its next step."""
-        if not self._prefix_cache:
-            return
-        tree, length = self._ranks[sequence.rank].tree, self._page_length
-        for number in range(before // length + 1, sequence.planned // length + 1):
-            turn = number % BORDERS
-            if sequence.places[turn] is None:
-                sequence.places[turn] = tree.place_for_snapshot()
-                sequence.places_from[turn] = number * length
-
     # Going out.
 
-    def _leave_behind(self, sequence: Sequence) -> None:
-        """Puts a row's whole pages into the prefix tree, and the states of the last border it has passed."""
-        tree = self._ranks[sequence.rank].tree
-        if self._prefix_cache:
-            known = sequence.known(sequence.confirmed // self._page_length * self._page_length)
-            assert sequence.node is not None
-            sequence.node = tree.insert(known, sequence.pages, sequence.node)
-            found = self._passed_border(sequence)
-            if found is not None:
-                turn, length = found
-                place, sequence.places[turn] = sequence.places[turn], None
-                node = sequence.node
-                while node.depth * self._page_length > length:
-                    assert node.parent is not None
-                    node = node.parent
-                assert place is not None
-                tree.keep(node, place)
-
-    def _passed_border(self, sequence: Sequence) -> tuple[int, int] | None:
-        """(turn, length) of the last page border that a row has decoded past and whose snapshot still holds
-        it; None if there is none."""
-        page = self._page_length
-        last = sequence.confirmed // page * page
-        for border in range(last, last - BORDERS * page, -page):
-            turn = border // page % BORDERS
-            kept = sequence.places[turn] is not None and sequence.places_from[turn] <= border
-            # the row may have come further than is known, and have written over it
-            if kept and border <= sequence.confirmed and sequence.planned < border + BORDERS * page:
-                return turn, border
-        return None
-
     def _give_back(self, sequence: Sequence) -> None:
-        """What a row holds goes back; its place is free at once, since steps run in their order."""
-        rank = self._ranks[sequence.rank]
-        assert sequence.node is not None
-        for place in sequence.places:
-            if place is not None:
-                rank.tree.snapshots.release(place)
-        sequence.places, sequence.in_flight = [None] * BORDERS, []
-        rank.tree.unpin(sequence.node)
-        group = sequence.group
-        if not self._prefix_cache and group is not None and group.waiting:
-            group.left.append((sequence.rank, sequence.node))
-        elif not self._prefix_cache:
-            rank.tree.forget(sequence.node)
-        for page in sequence.pages:
-            rank.pool.release(page)
-        rank.slots.release(sequence.slot)
+        """What a row holds goes back."""
+        self._ranks[sequence.rank].give_back(sequence)
         self.tables[sequence.rank * self._slots + sequence.slot] = self._pages
         self.tables_version += 1
         self._running.remove(sequence)
-        sequence.pages, sequence.node = [], None
 
     def _preempt(self, sequence: Sequence) -> None:
         """A row gives way: it waits, in its old turn, to be computed again."""
