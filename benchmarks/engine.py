@@ -276,7 +276,7 @@ def step_milliseconds(model: Any, lengths: list[int], steps: int = 16) -> float:
 
 
 class TimedSteps:
-    """The compiled steps, with the seconds spent inside their calls: on a CPU a call computes before it returns."""
+    """The compiled steps, and the seconds inside their calls: on a CPU a call computes before it returns."""
 
     def __init__(self, steps: Any):
         self._steps, self.seconds = steps, 0.0
@@ -293,8 +293,9 @@ class TimedSteps:
 
 
 def host_milliseconds(model: Any, slots: int, steps: int = 200) -> float:
-    """The host's own time a decode step: planning, making arrays, looking at the tokens. Calls of compiled steps
-    and waiting for them are left out."""
+    """The host's own time a decode step: planning, making arrays, looking at the tokens.
+
+    Calls of compiled steps, and waiting for them, are left out."""
     import jax
 
     from qwen_moe_jax.engine.jobs import Job

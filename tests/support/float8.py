@@ -1,7 +1,7 @@
 """FP8 checkpoints, and float32 ones with the same numbers multiplied out by torch."""
 
 import dataclasses
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,24 @@ def float8_pair(
                 parameter *= 2 ** torch.randint(-1, 2, parameter.shape[-1:], generator=generator)
     model.save_pretrained(folder / "source")
     quantize_checkpoint(folder / "source", folder / "float8", scale_dtype=scales)
-    stored = load_file(folder / "float8" / "model.safetensors")
-    plain = {}
+    write_multiplied_out(folder / "float8", folder / "plain")
+    return Float8Pair(config, folder / "float8", folder / "plain", folder / "source")
+
+
+def write_multiplied_out(float8: Path, plain: Path) -> None:
+    """Writes a float32 checkpoint with the numbers of a float8 one, multiplied out by torch."""
+    stored = load_file(float8 / "model.safetensors")
+    products = {}
     for name, values in stored.items():
         scale = stored.get(f"{name}_scale_inv")
         if scale is not None:
             # every tensor of a file begins a block of its own
             whole = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
-            plain[name] = values.float() * whole[: values.shape[0], : values.shape[1]]
+            products[name] = values.float() * whole[: values.shape[0], : values.shape[1]]
         elif not name.endswith("_scale_inv"):
-            plain[name] = values.float()
-    (folder / "plain").mkdir()
-    save_file(plain, folder / "plain" / "model.safetensors", {"format": "pt"})
-    shutil.copyfile(folder / "source" / "config.json", folder / "plain" / "config.json")
-    return Float8Pair(config, folder / "float8", folder / "plain", folder / "source")
+            products[name] = values.float()
+    plain.mkdir()
+    save_file(products, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((float8 / "config.json").read_text())
+    config.pop("quantization_config")
+    (plain / "config.json").write_text(json.dumps(config))
