@@ -19,6 +19,7 @@ from qwen_moe_jax.aot.traffic import traffic
 from qwen_moe_jax.configs import released_config
 from qwen_moe_jax.devices import DEVICES
 from qwen_moe_jax.model.decoder import with_parameters
+from qwen_moe_jax.parallel.caches import cache_specs, empty_cache
 from qwen_moe_jax.parallel.forward import layout_decoder
 
 GROUPS = 15
@@ -48,12 +49,14 @@ def lowered(unroll: bool) -> tuple[jax.stages.Lowered, Any]:
     layers = {name for name in structs if name.startswith("layers.")}
     parameters = {n: stack(s, specs[n]) if n in layers else s for n, s in structs.items()}
     parameter_specs = {n: stacked_spec(s) if n in layers else s for n, s in specs.items()}
-    cache_specs = layout.cache_specs()
+    laid = cache_specs(layout)
     rows = PartitionSpec(layout.batch_axes or None)
-    cache = jax.eval_shape(lambda: layout.empty_cache(64, deployment.capacity, policy.matrix, policy.compute))
-    caches = jax.tree.map(stack, cache.layers, cache_specs.layers)
+    cache = jax.eval_shape(
+        lambda: empty_cache(layout, 64, deployment.capacity, policy.matrix, policy.compute)
+    )
+    caches = jax.tree.map(stack, cache.layers, laid.layers)
     stacked_caches = jax.tree.map(
-        stacked_spec, cache_specs.layers, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        stacked_spec, laid.layers, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
     )
 
     def step(parameters, tokens, valid, placed, caches):

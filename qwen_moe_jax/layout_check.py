@@ -7,6 +7,7 @@ the other one's weights at zero. One layer's weights are held at a time, beside 
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from tqdm import tqdm
 
 from qwen_moe_jax.checkpoint.layout import parameter_shapes
 from qwen_moe_jax.config import DENSE, FULL_ATTENTION, LayerKind, ModelConfig
-from qwen_moe_jax.formats.cache import empty_cache, own_rows
+from qwen_moe_jax.formats.cache import Placement, empty_cache, own_rows
 from qwen_moe_jax.generation.loading import read_weights, whole_decoder
 from qwen_moe_jax.kernels.table import Kernels
-from qwen_moe_jax.model.decoder import Decoder, with_parameters
+from qwen_moe_jax.model.decoder import Decoder, DecoderLayer, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.caches import cache_specs
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -281,15 +283,40 @@ class _Side:
             cache = None
             if self.layout is not None:
                 one = dataclasses.replace(self.layout, config=decoder.config)
-                cache = one.cache_specs().layers[0]
+                cache = cache_specs(one).layers[0]
             self._kinds[kind] = {
-                "mix": self.compiled(
-                    layer, prefix, lambda m, x, valid, rows, c: m.mix(x, decoder.step(valid, rows), c), cache
-                ),
-                "feed": self.compiled(layer, prefix, lambda m, x, valid: m.feed(x, valid)),
+                "mix": self.compiled(layer, prefix, partial(self._mix, decoder), cache),
+                "feed": self.compiled(layer, prefix, self._feed),
                 "router": self.compiled(layer, prefix, lambda m, x: m.router_logits(x)),
             }
         return self._kinds[kind]
+
+    def _scatters(self, x: jax.Array) -> bool:
+        """Whether the residual stream is scattered here: wherever a longer one would be."""
+        ranks = 1 if self.layout is None else self.layout.scatter_ranks
+        return ranks > 1 and x.shape[1] % ranks == 0
+
+    def _mix(
+        self,
+        decoder: Decoder,
+        layer: DecoderLayer,
+        x: jax.Array,
+        valid: jax.Array,
+        rows: Placement,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        """What the token mixer adds to a residual stream, and the cache after it."""
+        step = dataclasses.replace(decoder.step(valid, rows), scattered=self._scatters(x))
+        if not step.scattered:
+            return layer.mix(x, step, cache)
+        mixed, cache = layer.mix(layer.ranks.own_tokens(x), step, cache)
+        return layer.ranks.all_tokens(mixed), cache
+
+    def _feed(self, layer: DecoderLayer, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """What the MLP adds to a residual stream."""
+        if not self._scatters(x):
+            return layer.feed(x, valid)
+        return layer.ranks.all_tokens(layer.feed(layer.ranks.own_tokens(x), valid, scattered=True))
 
     def layer(self, kind: LayerKind, reader: _Reader, index: int) -> "_Layer":
         """A layer with its weights."""

@@ -27,6 +27,7 @@ from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
 from qwen_moe_jax.parallel.mesh import EXPERT, TENSOR
+from qwen_moe_jax.parallel.ranks import is_scattered
 
 # Sums over ranks are float32, as are logits; ids and weights of all_to_all have 4 bytes too.
 _WIDE = 4
@@ -184,7 +185,9 @@ class _Share:
         if layout.shared_expert == "fused" and not exchanged:
             shared = -(-mixed // experts)
         elif layout.shared_expert == "outside" and not exchanged:
-            shared = own
+            # of a scattered residual stream each rank has its own tokens
+            scattered = is_scattered(layout.scatter_ranks, rows, tokens)
+            shared = own // layout.scatter_ranks if scattered else own
         else:
             shared = mixed
         held = min(layout.splits["expert"].sections[0].held, config.num_experts)
@@ -264,6 +267,15 @@ def collective_bytes(
     heads, kinds = layout.ranks_along(layout.head_axes), layout.config.mlp_types
     stream = share.own * layout.config.hidden_size * layout.sum_dtype(policy.compute).itemsize
     logits = share.rows * layout.splits["vocab"].size * policy.compute.itemsize
+    gather = Collective("all-gather", "logits", 1, heads, logits)
+    if is_scattered(layout.scatter_ranks, share.rows, tokens):
+        blocks = 2 * len(kinds)  # token mixers and MLPs
+        normed = share.own * layout.config.hidden_size * policy.compute.itemsize
+        return (
+            Collective("all-gather", "residual stream", blocks, heads, normed),
+            Collective("reduce-scatter", "residual stream", 1 + blocks, heads, stream),
+            gather,
+        )
     found = [
         Collective("all-reduce", "embedding", 1, heads, stream),
         Collective("all-reduce", "heads", len(kinds), heads, stream),
@@ -272,7 +284,7 @@ def collective_bytes(
             for each in (_mixture(layout, policy, share) if SPARSE in kinds else ())
         ),
         Collective("all-reduce", "dense MLP", kinds.count(DENSE), heads, stream),
-        Collective("all-gather", "logits", 1, heads, logits),
+        gather,
     ]
     return tuple(each for each in found if each.ranks > 1 and each.count)
 

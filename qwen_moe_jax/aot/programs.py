@@ -21,6 +21,7 @@ from qwen_moe_jax.formats.cache import PAGE, Placement, pages_for, states_of
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.mtp import MTP
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.caches import cache_specs, empty_layers
 from qwen_moe_jax.parallel.forward import MeshForward, layout_drafter
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -141,11 +142,11 @@ class Deployment:
     def _pools(self, pages: int, slots: int) -> Layers:
         held, compute = self.policy.matrix, self.policy.compute
         kinds = self.layout.config.layer_types + (FULL_ATTENTION,) * bool(self.draft_tokens)
-        layers = jax.eval_shape(lambda: self.layout.empty_layers(pages, slots, held, compute, kinds))
+        layers = jax.eval_shape(lambda: empty_layers(self.layout, pages, slots, held, compute, kinds))
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.layout.sharding(spec)),
             layers,
-            self.layout.cache_specs(kinds).layers,
+            cache_specs(self.layout, kinds).layers,
         )
 
     def _given(self, dtype: Any, *shape: int) -> Any:

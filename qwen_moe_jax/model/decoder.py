@@ -44,6 +44,7 @@ class Step:
         rotary: (cos, sin), float32 [batch, seq, rotary_dim / 2].
         rows: where each row lies in the caches.
         taps: points of the pass.
+        scattered: the residual stream is (`Ranks.scatters`); everything here is of all tokens.
     """
 
     valid: jax.Array
@@ -51,6 +52,7 @@ class Step:
     rotary: tuple[jax.Array, jax.Array]
     rows: Placement
     taps: Taps = NO_TAPS
+    scattered: bool = False
 
     def at_layer(self, index: int) -> "Step":
         """With the points of one layer."""
@@ -99,13 +101,15 @@ class DecoderLayer(nnx.Module):
         """What attention or Gated DeltaNet adds to the residual stream x, and the cache after it."""
         with jax.named_scope("gated_attention" if isinstance(cache, KVCache) else "gated_delta_net"):
             normed = self._normed(x, self.input_layernorm)
+            if step.scattered:
+                normed = self.ranks.all_tokens(normed)
             if isinstance(cache, KVCache):
                 part, cache = self.self_attn(
                     normed, step.valid, step.positions, step.rotary, step.rows.tables, cache, step.taps
                 )
             else:
                 part, cache = self.linear_attn(normed, step.valid, step.rows.slots, cache, step.taps)
-            return step.taps("mixer", self.ranks.sum_heads(part)), cache
+            return step.taps("mixer", self.ranks.sum_heads(part, scattered=step.scattered)), cache
 
     def look(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LookedAt]:
         """As `__call__` for a few tokens, of which a Gated DeltaNet layer writes nothing yet."""
@@ -128,9 +132,12 @@ class DecoderLayer(nnx.Module):
                 normed, step.valid, step.positions, step.rotary, step.rows.tables, cache
             )
 
-    def feed(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """What the MLP adds to the residual stream x."""
-        return taps(self.point, self.mlp(self._normed(x, self.post_attention_layernorm), valid, taps))
+    def feed(
+        self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS, *, scattered: bool = False
+    ) -> jax.Array:
+        """What the MLP adds to the residual stream x; valid, taps and scattered as of `Step`."""
+        normed = self._normed(x, self.post_attention_layernorm)
+        return taps(self.point, self.mlp(normed, valid, taps, scattered=scattered))
 
     def router_logits(self, x: jax.Array) -> jax.Array:
         """By which a layer with a mixture of experts chooses, float32 [batch, seq, experts]."""
@@ -143,11 +150,13 @@ class DecoderLayer(nnx.Module):
         return rms_norm(x, norm.weight[...], c.rms_norm_eps, c.norm_offset).astype(self.compute)
 
     def __call__(self, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """The residual stream, float32 [batch, seq, hidden] -> (the same, the layer's cache after it)."""
+        """The residual stream, float32 [batch, seq, hidden] or a rank's tokens of it -> (the same; the
+        layer's cache after it)."""
         x = step.taps("residual", x)
         mixed, cache = self.mix(x, step, cache)
         x = step.taps("residual_mid", x + mixed)
-        return step.taps("residual_out", x + self.feed(x, step.valid, step.taps)), cache
+        fed = self.feed(x, step.valid, step.taps, scattered=step.scattered)
+        return step.taps("residual_out", x + fed), cache
 
 
 class Decoder(nnx.Module):
@@ -209,13 +218,19 @@ class Decoder(nnx.Module):
             (hidden states after the final norm [batch, seq, hidden] in the compute dtype, the cache).
             Pads' hidden states mean nothing.
         """
-        step = dataclasses.replace(self.step(valid, cache.rows, rope_positions), taps=taps)
-        x = taps("embedding", self.embed(tokens, valid))
+        # points are of all tokens
+        scattered = taps is NO_TAPS and self.ranks.scatters(*tokens.shape)
+        step = self.step(valid, cache.rows, rope_positions)
+        step = dataclasses.replace(step, taps=taps, scattered=scattered)
+        x = taps("embedding", self.embed(tokens, valid, scattered=scattered))
         layers = []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             x, layer_cache = layer(x, step.at_layer(index), layer_cache)
             layers.append(layer_cache)
-        return taps("hidden", self.finish(x)), cache.after(layers, valid)
+        hidden = self.finish(x)
+        if scattered:
+            hidden = self.ranks.all_tokens(hidden)
+        return taps("hidden", hidden), cache.after(layers, valid)
 
     def look(
         self, tokens: jax.Array, valid: jax.Array, cache: HybridCache
@@ -271,12 +286,14 @@ class Decoder(nnx.Module):
         """What the layers need to know of tokens that follow those of `rows`."""
         return step_after(self.config, valid, rows, rope_positions)
 
-    def embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        """Token ids [batch, seq] -> the residual stream before the first layer, float32."""
+    def embed(self, tokens: jax.Array, valid: jax.Array, *, scattered: bool = False) -> jax.Array:
+        """Token ids [batch, seq] -> the residual stream before the first layer, float32; where it is
+        scattered, this rank's tokens of it."""
         # The residual stream is float32 whatever the compute dtype: it sums up every layer, and rounding it
         # each time would be the largest error of a bfloat16 model.
         with jax.named_scope("embedding"):
-            x = self.ranks.embed(self.embed_tokens.weight[...], tokens, self.kernels)
+            x = self.ranks.embed(self.embed_tokens.weight[...], tokens, self.kernels, scattered=scattered)
+            valid = self.ranks.own_tokens(valid) if scattered else valid
             # A pad's embedding is zeroed so that no token id, however odd, can put a NaN into a product.
             return jnp.where(valid[..., None], x, 0)
 

@@ -27,14 +27,18 @@ class DenseMlp(nnx.Module):
         self.up_proj = Weight((inner, hidden), dtypes.matrix)
         self.down_proj = Weight((hidden, inner), dtypes.matrix)
 
-    def __call__(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """x [batch, seq, hidden] -> float32 [batch, seq, hidden]; what pads get means nothing.
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS, *, scattered: bool = False
+    ) -> jax.Array:
+        """x [batch, seq, hidden], of a scattered stream this rank's tokens -> float32 like x; what pads get
+        means nothing.
 
         `valid` and `taps` are there for all MLPs: this one reads tokens one by one, and has no points inside.
         """
         del valid, taps
         with jax.named_scope("dense_mlp"):
+            x = self.ranks.all_tokens(x) if scattered else x
             matrices = [self.gate_proj.matrix(), self.up_proj.matrix()]
             gates, ups = linears(x, matrices, kernels=self.kernels)
             part = self.ranks.head_product(jax.nn.silu(gates) * ups, self.down_proj.matrix(), self.kernels)
-            return self.ranks.sum_heads(part).astype(jnp.float32)
+            return self.ranks.sum_heads(part, scattered=scattered).astype(jnp.float32)

@@ -163,7 +163,8 @@ class SparseMoe(nnx.Module):
             gate = taps("shared_gate", self.shared_weight(x))
             return self.ranks.shared_part(gate * taps("shared_expert", self.shared_expert(x, self.kernels)))
 
-    def __call__(self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """x [batch, seq, hidden], valid bool [batch, seq] -> float32 [batch, seq, hidden]."""
-        flat, taps = x.reshape(-1, x.shape[-1]), taps.of_rows(*x.shape[:2])
-        return self.ranks.mixture(self, flat, valid.reshape(-1), taps).reshape(x.shape)
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS, *, scattered: bool = False
+    ) -> jax.Array:
+        """What the layer adds to the residual stream: float32 like x, the rest as of `Ranks.mixture`."""
+        return self.ranks.mixture(self, x, valid, taps.of_rows(*x.shape[:2]), scattered=scattered)

@@ -30,8 +30,24 @@ def embedding_rows(table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax
 class Ranks(Protocol):
     """The questions. Implementations are hashable, because they are part of the compiled program."""
 
-    def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
-        """Rows of the embedding [vocab, hidden] for int32 [batch, seq] -> float32 [batch, seq, hidden]."""
+    def scatters(self, batch: int, seq: int) -> bool:
+        """Whether the residual stream of so many tokens is *scattered*: each rank has an equal slice of every
+        row's tokens (sequence parallelism, Korthikanti et al., arXiv:2205.05198)."""
+        ...
+
+    def own_tokens(self, x: jax.Array) -> jax.Array:
+        """This rank's slice of a scattered stream: [batch, seq, ...] -> [batch, seq / ranks, ...]."""
+        ...
+
+    def all_tokens(self, x: jax.Array) -> jax.Array:
+        """Every rank's slice of a scattered stream behind one another: back to [batch, seq, ...]."""
+        ...
+
+    def embed(
+        self, table: jax.Array, tokens: jax.Array, kernels: Kernels, *, scattered: bool = False
+    ) -> jax.Array:
+        """Rows of the embedding [vocab, hidden] for int32 [batch, seq] -> float32 [batch, seq, hidden], or
+        this rank's tokens of it."""
         ...
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
@@ -46,8 +62,8 @@ class Ranks(Protocol):
         """
         ...
 
-    def sum_heads(self, part: jax.Array) -> jax.Array:
-        """The sum of every rank's `head_product`."""
+    def sum_heads(self, part: jax.Array, *, scattered: bool = False) -> jax.Array:
+        """The sum of every rank's `head_product`, or this rank's tokens of it."""
         ...
 
     def routed_part(self, outputs: jax.Array) -> jax.Array:
@@ -58,8 +74,24 @@ class Ranks(Protocol):
         """The shared expert by the rows held here, float32 [tokens, hidden], as that rank's part."""
         ...
 
-    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """The whole mixture of experts on [tokens, hidden], valid bool [tokens] -> float32 like x."""
+    def mixture(
+        self,
+        moe: "SparseMoe",
+        x: jax.Array,
+        valid: jax.Array,
+        taps: Taps = NO_TAPS,
+        *,
+        scattered: bool = False,
+    ) -> jax.Array:
+        """The whole mixture of experts: float32 like x.
+
+        Args:
+            moe: the layer.
+            x: [batch, seq, hidden], of a scattered stream this rank's tokens.
+            valid: bool [batch, seq], of all tokens.
+            taps: points of the layer, of tokens in one dimension.
+            scattered: the residual stream is.
+        """
         ...
 
 
@@ -67,7 +99,21 @@ class Ranks(Protocol):
 class OneDevice:
     """The answers where one device holds everything."""
 
-    def embed(self, table: jax.Array, tokens: jax.Array, kernels: Kernels) -> jax.Array:
+    def scatters(self, batch: int, seq: int) -> bool:
+        """One device has all tokens."""
+        return False
+
+    def own_tokens(self, x: jax.Array) -> jax.Array:
+        """One device has all tokens."""
+        return x
+
+    def all_tokens(self, x: jax.Array) -> jax.Array:
+        """One device has all tokens."""
+        return x
+
+    def embed(
+        self, table: jax.Array, tokens: jax.Array, kernels: Kernels, *, scattered: bool = False
+    ) -> jax.Array:
         """The tokens' rows: the whole table lies here."""
         return embedding_rows(table, tokens, kernels)
 
@@ -79,7 +125,7 @@ class OneDevice:
         """The whole product: all heads lie here."""
         return linear(x, weight, jnp.float32, kernels=kernels)
 
-    def sum_heads(self, part: jax.Array) -> jax.Array:
+    def sum_heads(self, part: jax.Array, *, scattered: bool = False) -> jax.Array:
         """One device's product is the sum of all heads."""
         return part
 
@@ -91,7 +137,16 @@ class OneDevice:
         """All rows of the shared expert lie here, so its output is whole."""
         return output
 
-    def mixture(self, moe: "SparseMoe", x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
+    def mixture(
+        self,
+        moe: "SparseMoe",
+        x: jax.Array,
+        valid: jax.Array,
+        taps: Taps = NO_TAPS,
+        *,
+        scattered: bool = False,
+    ) -> jax.Array:
         """Routed branch and, where there is one, shared branch, each once."""
-        routed = moe.routed(x, valid, taps)
-        return routed + moe.shared(x, taps) if moe.has_shared else routed
+        flat = x.reshape(-1, x.shape[-1])
+        routed = moe.routed(flat, valid.reshape(-1), taps)
+        return (routed + moe.shared(flat, taps) if moe.has_shared else routed).reshape(x.shape)

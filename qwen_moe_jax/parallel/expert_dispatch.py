@@ -36,15 +36,31 @@ if TYPE_CHECKING:
 
 
 def psum_mixture(
-    ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.Array, taps: Taps = NO_TAPS
+    ranks: "MeshRanks",
+    moe: SparseMoe,
+    x: jax.Array,
+    valid: jax.Array,
+    taps: Taps = NO_TAPS,
+    *,
+    scattered: bool = False,
 ) -> jax.Array:
     """Every rank's experts on every token, and one sum: [tokens, hidden] -> float32 [tokens, hidden].
 
-    Where the ranks of the expert axis have different tokens (attention data parallelism), they are gathered
-    before, and the sum is scattered back to their owners.
+    Where ranks have different tokens (attention data parallelism, a scattered residual stream), they are
+    gathered before, and the sum is scattered back to their owners.
+
+    Args:
+        ranks: of the mesh.
+        moe: the layer.
+        x: this rank's tokens.
+        valid: which are no pads; with `scattered` of all ranks' tokens, in the order of ranks.
+        taps: points of the layer.
+        scattered: as of `Ranks.mixture`.
     """
     own = x
-    if ranks.tokens_divided:
+    if scattered:
+        x = gathered(x, ranks.head_axes, 0)
+    elif ranks.tokens_divided:
         x, valid = gathered_tokens(ranks, x, valid)
         taps = NO_TAPS  # their points are each rank's own tokens
     ids, weights = moe.choose(x, valid, taps)
@@ -55,9 +71,11 @@ def psum_mixture(
     part = moe.combine(x, ids, weights, ranks=ranks.expert_ranks)
     if ranks.shared_expert in ("prescaled", "sharded"):
         part = part + moe.shared(x)
-    if ranks.tokens_divided:
-        scattered = scattered_total(part, ranks.expert_axes[0], ranks.sum_dtype)
-        summed = total(scattered, ranks.tensor_axes, ranks.sum_dtype)
+    if scattered:
+        summed = scattered_total(part, axes, ranks.sum_dtype)
+    elif ranks.tokens_divided:
+        summed = scattered_total(part, ranks.expert_axes, ranks.sum_dtype)
+        summed = total(summed, ranks.tensor_axes, ranks.sum_dtype)
     else:
         summed = total(part, axes, ranks.sum_dtype)
     return summed + _shared_alone(ranks, moe, own) if ranks.shared_expert == "outside" else summed

@@ -71,6 +71,6 @@ def _shared_expert(ranks: "MeshRanks", moe: SparseMoe, x: jax.Array, valid: jax.
 def _whole(ranks: "MeshRanks", part: jax.Array) -> jax.Array:
     """The sum of parts over both axes; where tokens were gathered, each rank's own."""
     if ranks.tokens_divided:
-        scattered = scattered_total(part, ranks.expert_axes[0], ranks.sum_dtype)
+        scattered = scattered_total(part, ranks.expert_axes, ranks.sum_dtype)
         return total(scattered, ranks.tensor_axes, ranks.sum_dtype)
     return total(part, (*ranks.expert_axes, *ranks.tensor_axes), ranks.sum_dtype)

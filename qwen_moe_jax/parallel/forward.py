@@ -28,6 +28,7 @@ from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.mtp import MTP, MtpHead, abstract_mtp, drafter_keys, run_drafter
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.model.taps import Edit
+from qwen_moe_jax.parallel.caches import cache_specs, empty_cache, empty_layers, looked_at_specs
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
 from qwen_moe_jax.parallel.mesh_points import check_edits, in_order, point_specs
@@ -81,7 +82,7 @@ class MeshForward:
         self, parameters: Parameters, tokens: jax.Array, valid: jax.Array, cache: HybridCache
     ) -> tuple[jax.Array, HybridCache]:
         """As `Decoder.__call__`."""
-        cache_specs = self.layout.cache_specs()
+        caches = cache_specs(self.layout)
 
         def on_a_rank(parameters, tokens, valid, cache):
             return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits)[:2]
@@ -89,8 +90,8 @@ class MeshForward:
         return jax.shard_map(
             on_a_rank,
             mesh=self.layout.mesh,
-            in_specs=(self._specs, self._batch, self._batch, cache_specs),
-            out_specs=(self._batch, cache_specs),
+            in_specs=(self._specs, self._batch, self._batch, caches),
+            out_specs=(self._batch, caches),
         )(dict(parameters), tokens, valid, cache)
 
     def observe(
@@ -103,7 +104,7 @@ class MeshForward:
         wanted: frozenset[str],
     ) -> tuple[jax.Array, HybridCache, dict[str, Any]]:
         """As of the protocol. Heads are put into their order."""
-        cache_specs = self.layout.cache_specs()
+        caches = cache_specs(self.layout)
 
         def on_a_rank(parameters, tokens, valid, cache, at):
             return run_tapped(self.decoder, parameters, tokens, valid, cache, self._edits, wanted, at)
@@ -111,8 +112,8 @@ class MeshForward:
         hidden, cache, found = jax.shard_map(
             on_a_rank,
             mesh=self.layout.mesh,
-            in_specs=(self._specs, self._batch, self._batch, cache_specs, self._batch),
-            out_specs=(self._batch, cache_specs, point_specs(self.layout, wanted)),
+            in_specs=(self._specs, self._batch, self._batch, caches, self._batch),
+            out_specs=(self._batch, caches, point_specs(self.layout, wanted)),
         )(dict(parameters), tokens, valid, cache, at)
         return hidden, cache, {name: in_order(self.layout, name, value) for name, value in found.items()}
 
@@ -143,8 +144,8 @@ class MeshForward:
         return jax.shard_map(
             on_a_rank,
             mesh=self.layout.mesh,
-            in_specs=(self._specs, self._batch, self._batch, self.layout.cache_specs()),
-            out_specs=(self._batch, self.layout.looked_at_specs()),
+            in_specs=(self._specs, self._batch, self._batch, cache_specs(self.layout)),
+            out_specs=(self._batch, looked_at_specs(self.layout)),
         )(dict(parameters), tokens, valid, cache)
 
     def accept(
@@ -156,7 +157,7 @@ class MeshForward:
         layers: tuple[LayerCache, ...],
     ) -> tuple[LayerCache, ...]:
         """As `Decoder.accept`."""
-        pools = self.layout.cache_specs().layers
+        pools = cache_specs(self.layout).layers
 
         def on_a_rank(parameters, looked, counts, slots, layers):
             return with_parameters(self.decoder, parameters).accept(looked, counts, slots, layers)
@@ -164,7 +165,7 @@ class MeshForward:
         return jax.shard_map(
             on_a_rank,
             mesh=self.layout.mesh,
-            in_specs=(self._specs, self.layout.looked_at_specs(), self._batch, self._batch, pools),
+            in_specs=(self._specs, looked_at_specs(self.layout), self._batch, self._batch, pools),
             out_specs=pools,
         )(dict(parameters), looked, counts, slots, layers)
 
@@ -194,7 +195,7 @@ class MeshForward:
 
     @property
     def _drafter_specs(self) -> HybridCache:
-        return self.layout.cache_specs(self._drafter_kinds)
+        return cache_specs(self.layout, self._drafter_kinds)
 
     def _drafted(self, run: Callable[..., Any], out_specs: Any, parameters: Parameters, *given: Any) -> Any:
         """What the drafter gives, each rank by its part."""
@@ -208,23 +209,23 @@ class MeshForward:
 
     def new_cache(self, batch: int, capacity: int) -> HybridCache:
         """An empty cache, made where it lies."""
-        make = partial(self.layout.empty_cache, batch, capacity, self._kv_dtype, self._conv_dtype)
-        return self._made(("cache", batch, capacity), make, self.layout.cache_specs())
+        make = partial(empty_cache, self.layout, batch, capacity, self._kv_dtype, self._conv_dtype)
+        return self._made(("cache", batch, capacity), make, cache_specs(self.layout))
 
     def new_layers(self, pages: int, slots: int) -> tuple[LayerCache, ...]:
         """Pools of the whole mesh, made where they lie."""
         kinds = self.layout.config.layer_types + self._drafter_kinds
-        make = partial(self.layout.empty_layers, pages, slots, self._kv_dtype, self._conv_dtype, kinds)
-        return self._made(("layers", pages, slots), make, self.layout.cache_specs(kinds).layers)
+        make = partial(empty_layers, self.layout, pages, slots, self._kv_dtype, self._conv_dtype, kinds)
+        return self._made(("layers", pages, slots), make, cache_specs(self.layout, kinds).layers)
 
     def new_states(self, entries: int) -> tuple[DeltaNetCache, ...]:
         """Pools of recurrent states only, made where they lie."""
         ranks = self.layout.batch_multiple
 
         def make() -> tuple[DeltaNetCache, ...]:
-            return states_of(self.layout.empty_layers(ranks, entries, self._kv_dtype, self._conv_dtype))
+            return states_of(empty_layers(self.layout, ranks, entries, self._kv_dtype, self._conv_dtype))
 
-        return self._made(("states", entries), make, states_of(self.layout.cache_specs().layers))
+        return self._made(("states", entries), make, states_of(cache_specs(self.layout).layers))
 
     def move_states(
         self,
@@ -234,7 +235,7 @@ class MeshForward:
         sources: jax.Array,
     ) -> tuple[DeltaNetCache, ...]:
         """As `formats.cache.move_states`, on each data rank by its own part of the lists."""
-        specs = states_of(self.layout.cache_specs().layers)
+        specs = states_of(cache_specs(self.layout).layers)
         return jax.shard_map(
             move_states,
             mesh=self.layout.mesh,
@@ -258,7 +259,7 @@ class MeshForward:
 
     def by_pool(self, function: Callable[..., Any], layers: tuple[LayerCache, ...], *trees: Any) -> Any:
         """Each rank computes its own pools."""
-        pools = self.layout.cache_specs(self.layout.config.layer_types + self._drafter_kinds).layers
+        pools = cache_specs(self.layout, self.layout.config.layer_types + self._drafter_kinds).layers
         specs = jax.tree.map(lambda x: self._batch if jnp.ndim(x) else PartitionSpec(), trees)
         return jax.shard_map(function, mesh=self.layout.mesh, in_specs=(pools, *specs), out_specs=pools)(
             layers, *trees

@@ -22,23 +22,11 @@ from qwen_moe_jax.checkpoint.layout import (
 )
 from qwen_moe_jax.checkpoint.names import is_matrix, is_side, matrix_name
 from qwen_moe_jax.checkpoint.scale_targets import Forms, with_scales
-from qwen_moe_jax.checkpoint.targets import Box, Copy, Target, give_back
-from qwen_moe_jax.config import FULL_ATTENTION, SPARSE, ModelConfig
+from qwen_moe_jax.checkpoint.targets import Target, give_back
+from qwen_moe_jax.config import SPARSE, ModelConfig
 from qwen_moe_jax.errors import InputError
-from qwen_moe_jax.formats.cache import (
-    CacheSizes,
-    DeltaNetCache,
-    DeltaNetInputs,
-    HybridCache,
-    KVCache,
-    LayerCache,
-    LookedAt,
-    Placement,
-    empty_layers,
-    own_rows,
-    pages_for,
-)
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.copies import Copies, SharedSlot
 from qwen_moe_jax.parallel.mesh import DATA, EXPERT, TENSOR, check_mesh
 from qwen_moe_jax.parallel.ranks import MeshRanks
 from qwen_moe_jax.parallel.splits import Section, Split, divide_heads
@@ -201,6 +189,16 @@ class Layout:
             return self._real(EXPERT, TENSOR)
         return self._real(TENSOR)
 
+    @property
+    def scatter_ranks(self) -> int:
+        """Ranks among which the residual stream of many tokens is scattered (`Ranks.scatters`); 1 where it
+        never is: where ranks of the expert axis have different tokens, where all-to-all divides them, where
+        the shared expert has a sum of its own, and with `exact`."""
+        own_sum = self.shared_expert == "outside" and bool(self._real(TENSOR))
+        if self.exact or own_sum or self.expert_dispatch != "psum" or EXPERT in self.batch_axes:
+            return 1
+        return self.ranks_along(self.head_axes)
+
     def ranks_along(self, axes: tuple[str, ...]) -> int:
         """How many ranks there are along these axes."""
         return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=np.int64))
@@ -263,6 +261,7 @@ class Layout:
             shared_expert=self.shared_expert,
             expert_dispatch=self.expert_dispatch,
             tokens_divided=EXPERT in self.batch_axes,
+            scatter_ranks=self.scatter_ranks,
             exact=self.exact,
             ragged=self.ragged,
             sum_dtype=self.sum_dtype(compute),
@@ -325,63 +324,14 @@ class Layout:
                 policy.matrix if is_matrix(name) else policy.vector,
                 sharding=self.sharding(_spec(dimensions)),
             )
-            targets[name] = Target(struct, _Copies(self, name, shape, dimensions))
+            targets[name] = Target(struct, Copies(name, shape, dimensions, self._shared_slot_of(name)))
         return with_scales(targets, shapes, forms)
 
-    def cache_specs(self, kinds: tuple[str, ...] | None = None) -> HybridCache:
-        """The mesh axes of every array of a cache. Pages and slots are divided as rows are: a row's keys and
-        states lie with the row.
-
-        Args:
-            kinds: of the layers, as `ModelConfig.layer_types`; None for the model's own.
-        """
-        batch, heads = self.batch_axes or None, self.head_axes or None
-        kv: Any = PartitionSpec(batch, None, heads, None)
-        conv: Any = PartitionSpec(batch, None, heads)
-        state: Any = PartitionSpec(batch, heads, None, None)
-        layers = tuple(
-            KVCache(k=kv, v=kv) if kind == FULL_ATTENTION else DeltaNetCache(conv=conv, state=state)
-            for kind in (self.config.layer_types if kinds is None else kinds)
-        )
-        each: Any = PartitionSpec(batch)
-        return HybridCache(layers, Placement(tables=each, slots=each, length=each))
-
-    def looked_at_specs(self) -> tuple[LookedAt, ...]:
-        """The mesh axes of what `Decoder.look` gives."""
-        batch, heads = self.batch_axes or None, self.head_axes or None
-        of_token: Any = PartitionSpec(batch, None, heads)
-        inputs = DeltaNetInputs(mixed=of_token, g=of_token, beta=of_token)
-        layers = self.cache_specs().layers
-        return tuple(layer if isinstance(layer, KVCache) else inputs for layer in layers)
-
-    def empty_cache(
-        self, batch: int, capacity: int, kv_dtype: jnp.dtype, conv_dtype: jnp.dtype
-    ) -> HybridCache:
-        """A cache that has seen nothing. Arguments as `formats.cache.empty_cache`; to be called inside
-        `jax.jit`."""
-        layers = self.empty_layers(batch * pages_for(capacity), batch, kv_dtype, conv_dtype)
-        return HybridCache(layers, own_rows(batch, capacity, self.batch_multiple))
-
-    def empty_layers(
-        self,
-        pages: int,
-        slots: int,
-        kv_dtype: jnp.dtype,
-        conv_dtype: jnp.dtype,
-        kinds: tuple[str, ...] | None = None,
-    ) -> tuple[LayerCache, ...]:
-        """Pools of the whole mesh, every rank's heads behind one another. Arguments as
-        `formats.cache.empty_layers`, kinds as of `cache_specs`; to be called inside `jax.jit`."""
-        c, s = self.config, self.splits
-        sizes = dataclasses.replace(
-            CacheSizes.of(c),
-            kv_heads=s["kv"].size // c.head_dim,
-            channels=s["qkv"].size,
-            value_heads=s["value_head"].size,
-        )
-        return empty_layers(
-            c.layer_types if kinds is None else kinds, sizes, pages, slots, kv_dtype, conv_dtype
-        )
+    def _shared_slot_of(self, name: str) -> SharedSlot | None:
+        """Where in a stack of experts the shared expert lies; None in what it is no part of."""
+        if self.shared_expert != "fused" or ".mlp.experts." not in name:
+            return None
+        return SharedSlot(self.splits["expert"].local_size - 1, self.splits["inner"], self.config.hidden_size)
 
     def stored(
         self,
@@ -410,53 +360,6 @@ class Layout:
         for name, target in self.part_targets(shapes, forms, policy)[0].items():
             give_back(target, parameters[name], hosts)
         return hosts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Copies:
-    """What a slice of a parameter is made of."""
-
-    layout: Layout
-    name: str
-    shape: tuple[int, ...]
-    dimensions: tuple[Split | None, ...]
-
-    def __call__(self, index: Box) -> tuple[Copy, ...]:
-        ranks = tuple(
-            0 if split is None else s.start // split.local_size
-            for s, split in zip(index, self.dimensions, strict=True)
-        )
-        boxes: list[tuple[Box, Box]] = [((), ())]
-        for rank, split, size in zip(ranks, self.dimensions, self.shape, strict=True):
-            spans = [(slice(0, size), slice(0, size))] if split is None else list(split.spans(rank))
-            boxes = [((*a, stored), (*b, held)) for a, b in boxes for stored, held in spans]
-        copies = [Copy(self.name, stored, held) for stored, held in boxes]
-        if self.layout.shared_expert == "fused" and ".mlp.experts." in self.name:
-            copies += self._shared_slot(ranks)
-        return tuple(copies)
-
-    def _shared_slot(self, ranks: tuple[int, ...]) -> list[Copy]:
-        """The shared expert's matrices in the last slot of a rank's expert stack."""
-        splits, hidden = self.layout.splits, slice(0, self.layout.config.hidden_size)
-        slot = splits["expert"].local_size - 1
-        slot = slice(slot, slot + 1)
-        stack, projection = self.name.rsplit(".", 1)
-        shared = stack.removesuffix("experts") + "shared_expert."
-        inner = splits["inner"]
-        if projection == "down_proj":
-            return [
-                Copy(f"{shared}down_proj.weight", (hidden, stored), (slot, hidden, held))
-                for stored, held in inner.spans(ranks[2])
-            ]
-        return [
-            Copy(
-                f"{shared}{part}.weight",
-                (stored, hidden),
-                (slot, slice(held.start + offset, held.stop + offset), hidden),
-            )
-            for part, offset in (("gate_proj", 0), ("up_proj", inner.local_size))
-            for stored, held in inner.spans(ranks[1])
-        ]
 
 
 def _inner(config: ModelConfig, size: int, ranks: int) -> Section:

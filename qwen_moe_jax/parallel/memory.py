@@ -16,6 +16,7 @@ from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 from qwen_moe_jax.devices import Device
 from qwen_moe_jax.formats.cache import PAGE, KVCache, pages_for
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.caches import cache_specs, empty_layers
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh
 
@@ -175,9 +176,9 @@ def holding(layout: Layout, policy: DtypePolicy, *, drafter: bool = False) -> Ho
         kinds += (FULL_ATTENTION,)
     # a page and a slot a device
     ranks = layout.batch_multiple
-    layers = jax.eval_shape(lambda: layout.empty_layers(ranks, ranks, policy.matrix, policy.compute, kinds))
+    layers = jax.eval_shape(lambda: empty_layers(layout, ranks, ranks, policy.matrix, policy.compute, kinds))
     kv, state = 0, 0
-    for layer, specs in zip(layers, layout.cache_specs(kinds).layers, strict=True):
+    for layer, specs in zip(layers, cache_specs(layout, kinds).layers, strict=True):
         local = jax.tree.map(
             lambda array, spec: prod(layout.sharding(spec).shard_shape(array.shape)) * array.dtype.itemsize,
             layer,

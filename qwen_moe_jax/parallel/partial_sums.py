@@ -90,24 +90,32 @@ def all_reduced(x: jax.Array, axes: Axes) -> jax.Array:
     return total(as_part(x, axes), axes)
 
 
-def scattered_total(part: jax.Array, axis: str, dtype: DTypeLike | None = None) -> jax.Array:
-    """The sum of all ranks' parts [n * rows, ...]; rank r gets rows r * rows and on: one reduce-scatter.
+def scattered_total(
+    part: jax.Array, axes: Axes, dtype: DTypeLike | None = None, dimension: int = 0
+) -> jax.Array:
+    """The sum of all ranks' parts, of which each rank gets an equal slice: one reduce-scatter.
 
     Args:
-        part, dtype: as of `total`.
-        axis: that it is summed over.
+        part, axes, dtype: as of `total`; at least one axis.
+        dimension: that is sliced, in the order in which `gathered` puts slices behind one another.
 
     Raises:
         ValueError: as `total`.
     """
-    _check_part(part, (axis,))
+    _check_part(part, axes)
     travelling = part.astype(dtype or part.dtype)
-    return lax.psum_scatter(travelling, axis, scatter_dimension=0, tiled=True).astype(part.dtype)
+    return lax.psum_scatter(travelling, axes, scatter_dimension=dimension, tiled=True).astype(part.dtype)
 
 
 def gathered(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
     """Every rank's x behind one another along `dimension`, on every rank: one all-gather."""
     return lax.all_gather(x, axes, axis=dimension, tiled=True, to="invarying") if axes else x
+
+
+def own_slice(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
+    """This rank's equal slice of what all ranks of `axes` have, as `scattered_total` divides it."""
+    size = x.shape[dimension] // lax.axis_size(axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dimension)
 
 
 def _check_part(part: jax.Array, axes: Axes) -> None:

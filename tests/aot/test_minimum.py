@@ -29,6 +29,7 @@ from qwen_moe_jax.devices import find_device
 from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.caches import empty_cache
 from qwen_moe_jax.parallel.forward import MeshForward
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.mesh import abstract_mesh, make_mesh
@@ -97,7 +98,7 @@ def compiled_step(layout: Layout, batch: int, capacity: int) -> Any:
     parameters: Any = {name: target.struct for name, target in layout.targets(FLOAT32).items()}
     forward = MeshForward(layout, FLOAT32, Kernels("cpu"), parameters)
     dtype = FLOAT32.compute
-    cache = jax.eval_shape(lambda: layout.empty_cache(batch, capacity, dtype, dtype))
+    cache = jax.eval_shape(lambda: empty_cache(layout, batch, capacity, dtype, dtype))
 
     def step(parameters, tokens, valid, cache):
         hidden, cache = forward.hidden(parameters, tokens, valid, cache)

@@ -16,6 +16,7 @@ from qwen_moe_jax.engine.logits import SequenceLogits
 from qwen_moe_jax.generation.loading import load_forward
 from qwen_moe_jax.kernels.table import Kernels, make_kernels
 from qwen_moe_jax.model.params import DtypePolicy
+from qwen_moe_jax.parallel.caches import empty_cache
 from qwen_moe_jax.parallel.forward import MeshForward
 from qwen_moe_jax.parallel.layout import Layout
 
@@ -70,7 +71,7 @@ def test_on_a_mesh_kernels_lower_for_rocm_with_their_sums_typed(layout, tokens):
     policy = DtypePolicy(compute=jnp.dtype(jnp.bfloat16), matrix=jnp.dtype(jnp.bfloat16))
     structs = {name: target.struct for name, target in laid.targets(policy).items()}
     forward = MeshForward(laid, policy, Kernels("gfx950"), structs)
-    cache = jax.eval_shape(lambda: laid.empty_cache(4, 64, policy.matrix, policy.compute))
+    cache = jax.eval_shape(lambda: empty_cache(laid, 4, 64, policy.matrix, policy.compute))
     given = jnp.zeros((4, tokens), jnp.int32), jnp.ones((4, tokens), bool), cache
     lowered = jax.jit(forward.hidden).trace(structs, *given).lower(lowering_platforms=("rocm",))
     text = lowered.as_text()

@@ -1,52 +1,14 @@
 """Every layout says what one device says: as close to the float64 truth, the same greedy tokens."""
 
-import itertools
 from typing import Any
 
-import numpy as np
 import pytest
-from support.configs import random_config
-from support.meshes import (
-    LARGEST_POOLED_RATIO,
-    LARGEST_RATIO,
-    factorisations,
-    mesh_case,
-    on_mesh,
-    run,
-)
-
-MODES = ("prescaled", "outside", "sharded", "fused")
-DISPATCHES = ("psum", "all_to_all")
+from support.layouts import Layout, drawn, layouts, name
+from support.meshes import LARGEST_POOLED_RATIO, LARGEST_RATIO, mesh_case, on_mesh, run
 
 # Two layers (Gated DeltaNet, attention) of 6 query heads on 3, 4 value heads on 1, 8 experts top-3 with a
 # shared one as wide, 67 tokens: next to nothing is divided evenly by 4 or 8.
 SEED = 22
-
-Layout = dict[str, Any]
-
-
-def layouts(sizes: tuple[int, ...]) -> list[Layout]:
-    """Every factorisation x mode x dispatch, and attention data parallelism where that is another layout."""
-    found = []
-    for devices, mode, dispatch in itertools.product(sizes, MODES, DISPATCHES):
-        for data, expert, tensor in factorisations(devices):
-            for attention in ("tensor", "data") if expert > 1 else ("tensor",):
-                found.append(
-                    {
-                        "data": data,
-                        "expert": expert,
-                        "tensor": tensor,
-                        "shared_expert": mode,
-                        "expert_dispatch": dispatch,
-                        "attention": attention,
-                    }
-                )
-    return found
-
-
-def name(layout: Layout) -> str:
-    sizes = "x".join(str(layout[axis]) for axis in ("data", "expert", "tensor"))
-    return f"{sizes}-{layout['shared_expert']}-{layout['expert_dispatch']}-{layout['attention']}"
 
 
 def check(seed: int, layout: Layout) -> None:
@@ -98,17 +60,6 @@ def test_every_layout_equals_one_device(layout: Layout) -> None:
 )
 def test_data_parallel_attention_and_odd_meshes_equal_one_device(layout: Layout) -> None:
     check(SEED, layout)
-
-
-def drawn(seed: int) -> Layout:
-    """A random layout for a seed's configuration."""
-    rng = np.random.default_rng(seed)
-    config = random_config(seed)
-    fusable = config["moe_intermediate_size"] == config["shared_expert_intermediate_size"]
-    choices = [
-        layout for layout in layouts((2, 3, 4, 5, 6, 7, 8)) if fusable or layout["shared_expert"] != "fused"
-    ]
-    return choices[rng.integers(len(choices))]
 
 
 @pytest.mark.parametrize(

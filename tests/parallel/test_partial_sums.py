@@ -114,7 +114,7 @@ def test_declaring_a_replicated_value_a_part_does_not_trace_either() -> None:
         lambda x, a, w: total(x, GROUP),
         lambda x, a, w: total(a @ w.T, GROUP),
         lambda x, a, w: total(total(product_part(a, w, GROUP), GROUP), GROUP),
-        lambda x, a, w: scattered_total(linear(a, w) + x, "expert"),
+        lambda x, a, w: scattered_total(linear(a, w) + x, ("expert",)),
     ],
     ids=["added before it got a type", "replicated", "untyped", "summed twice", "scattered"],
 )
@@ -222,7 +222,7 @@ def test_summing_over_one_axis_leaves_a_part_over_the_other() -> None:
 
 def test_a_scattered_total_gives_each_rank_its_rows() -> None:
     def scattered(x, a, w):
-        return total(scattered_total(product_part(a, w, GROUP), "expert"), ("tensor",))
+        return total(scattered_total(product_part(a, w, GROUP), ("expert",)), ("tensor",))
 
     assert_close(on_mesh(scattered, out=P("expert")), whole())
     assert_close(on_mesh(lambda x, a, w: gathered(scattered(x, a, w), ("expert",), 0)), whole())
