@@ -43,14 +43,23 @@ def causal_conv(
         ([batch, seq, channels] in x.dtype, the last kernel - 1 *valid* inputs). A pad's output means
         nothing; a row without tokens carries its inputs on unchanged.
     """
-    seq, kernel = x.shape[1], weight.shape[1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    inputs = jnp.concatenate([carried.astype(x.dtype), x], axis=1)
+    seq, before = x.shape[1], weight.shape[1] - 1
+    wide, carried = jnp.promote_types(x.dtype, jnp.float32), carried.astype(x.dtype)
+    zero = jnp.zeros((), x.dtype)
     mixed = jnp.zeros(x.shape, wide)
-    for tap in range(kernel):
-        mixed = mixed + inputs[:, tap : tap + seq].astype(wide) * weight[:, tap].astype(wide)
-    keep = num_valid[:, None] + jnp.arange(kernel - 1)  # [batch, kernel - 1]
-    carried = jnp.take_along_axis(inputs, keep[..., None], axis=1)
+    for tap in range(before + 1):
+        # Shifted by pads, not as a slice of both behind one another, which XLA:GPU would write first.
+        shift = before - tap
+        old = lax.pad(carried[:, tap:], zero, [(0, 0, 0), (0, seq - shift, 0), (0, 0, 0)])
+        new = lax.pad(x, zero, [(0, 0, 0), (shift, -shift, 0), (0, 0, 0)])
+        token = jnp.arange(seq)[:, None] < shift
+        mixed = mixed + jnp.where(token, old, new).astype(wide) * weight[:, tap].astype(wide)
+    place = num_valid[:, None] + jnp.arange(before) - before  # [batch, kernel - 1], in x
+    old, new = (
+        jnp.take_along_axis(of, at[..., None], axis=1, mode="clip")
+        for of, at in ((carried, place + before), (x, place))
+    )
+    carried = jnp.where(place[..., None] < 0, old, new)
     # the reference rounds to the model dtype before the activation
     return jax.nn.silu(mixed.astype(x.dtype)), carried
 
