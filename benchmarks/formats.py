@@ -1,7 +1,7 @@
 """Number formats of the layers' matrices side by side on one CPU: speed, memory, share of the roofline.
 
     python benchmarks/make_checkpoint.py mid DIR
-    python benchmarks/formats.py DIR [--formats fp8 int8 int4 int4-experts mxfp4-experts] [--out NAME]
+    python benchmarks/formats.py DIR [--formats fp8 int8 int4 int4-experts mxfp4-experts] [--copies DIR]
 
 Writes quantised copies of the checkpoint beside each other, loads each in a process of its own, and measures
 decoding of one row and of eight, and a prefill of 512 tokens, in turns as `cpu.py` does. The roofline of
@@ -23,12 +23,15 @@ JOBS = (Job(1, 128, 64), Job(8, 128, 32), Job(1, 512, 0))
 
 
 def quantised(source: Path, name: str, folder: Path) -> Path:
-    """A copy of a checkpoint in a format; "-experts" behind its name means of the routed experts alone."""
+    """A copy of a checkpoint in a format, made unless it is there; "-experts" behind its name means of the
+    routed experts alone."""
     from qwen_moe_jax.checkpoint.quantize import quantize_checkpoint
     from qwen_moe_jax.schemes.presets import preset
 
     form, _, which = name.partition("-")
-    quantize_checkpoint(source, folder / name, quantization=preset(form, experts_only=which == "experts"))
+    if not (folder / name).exists():
+        only = which == "experts"
+        quantize_checkpoint(source, folder / name, quantization=preset(form, experts_only=only))
     return folder / name
 
 
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--formats", nargs="+", default=["fp8", "int8", "int4", "int4-experts", "mxfp4-experts"]
     )
+    parser.add_argument("--copies", type=Path, help="where quantised copies stay (default: nowhere)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--kernels", default="auto")
@@ -67,7 +71,8 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as temporary:
         folders = {"bfloat16": args.checkpoint}
-        folders |= {name: quantised(args.checkpoint, name, Path(temporary)) for name in args.formats}
+        copies = args.copies or Path(temporary)
+        folders |= {name: quantised(args.checkpoint, name, copies) for name in args.formats}
         workers = {}
         for name, folder in folders.items():
             own = copy.copy(args)

@@ -25,7 +25,7 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
-from qwen_moe_jax.parallel.mesh import DATA
+from qwen_moe_jax.parallel.mesh import DATA, EXPERT
 
 _FLOAT32 = 4
 # Of the engine on a GPU (`engine/shapes.py`): one row of a data rank in a prefill step.
@@ -68,10 +68,17 @@ class Program:
         return found + self.step + drafts * self.draft
 
     def activations(self, layout: Layout, batch: int, tokens: int) -> float:
-        """Bytes that a device reads and writes beside weights, caches and states."""
-        rows = -(-batch // layout.batch_multiple)
+        """Bytes that a device reads and writes beside weights, caches and states.
+
+        Half of the passes are of token mixers, half of MLPs; where ranks of the expert axis have rows of
+        their own, experts meet those of all.
+        """
+        own = -(-batch // layout.batch_multiple)
+        divided = layout.config.num_experts > 0 and EXPERT in layout.batch_axes
+        group = min(batch, own * layout.mesh.shape[EXPERT]) if divided else own
         config = layout.config
-        return self.passes * _FLOAT32 * config.hidden_size * config.num_hidden_layers * rows * tokens
+        a_pass = _FLOAT32 * config.hidden_size * config.num_hidden_layers * tokens
+        return self.passes * a_pass * (own + group) / 2
 
     def chain_cycles(self, layout: Layout, tokens: int) -> float:
         """Of the linear layers, one after the other, for so many tokens a row."""
@@ -85,10 +92,10 @@ class Program:
 # the last one's attention and experts being dropped. How many belong to a layer of either kind is by their
 # names. Of a layer's 70 in decode 28 are a binary search of seven steps (`kernels/tiles.py`). passes: bytes
 # moved over the least without those of attention, in benchmarks/README.md, "Compiled for AMD GPUs": 35 to 47
-# in decode of 64 rows, 23 in prefill of 1 x 4,096 and 8 x 1,024 tokens. chain: matrix instructions alone
-# (`kernels/delta_chunks.py`), at the clock's highest, so a lower bound.
+# in decode of 64 rows, 15 in prefill of 1 x 4,096 and of 8 x 1,024 tokens (rows divided). chain: matrix
+# instructions alone (`kernels/delta_chunks.py`), at the clock's highest, so a lower bound.
 DECODING = Program(linear=70, full=71, gathered=34, step=42, draft=103, passes=40)
-READING = Program(linear=68, full=71, step=8, passes=23, chain=392)
+READING = Program(linear=68, full=71, step=8, passes=15, chain=392)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
