@@ -16,7 +16,7 @@ with M below them in A, become [[X, 0], [-Y M X, Y]]. An entry of an inverse is 
 of itself in a later step, which for keys of length one and beta in [0, 1] is at most one, and so are those
 of M X; nothing grows before it cancels, as powers of A do. Products are float32 throughout.
 
-Convolution and SiLU stand in front, as one pass of XLA's that reads and writes each channel once, as on a CPU;
+Convolution and SiLU stand in front, as one pass of XLA's that reads and writes each channel once, as on CPUs;
 norms are taken here. In here every program of a key head would compute them again: 32 programs for heads of
 128 columns that share keys four to one, 1,024 multiply-adds and 256 exponentials a token each, on the one
 chain that a row waits for, to save 1 % of what a layer moves.
