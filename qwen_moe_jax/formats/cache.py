@@ -221,7 +221,8 @@ def move_states(
 
         return jax.tree.map(copied, pools, given)
 
-    return lax.fori_loop(0, count, one, to)
+    # XLA reads the entry of a lone row, the same in every turn, in front of the loop: not where there is no move
+    return lax.cond(count > 0, lambda: lax.fori_loop(0, count, one, to), lambda: to)
 
 
 def own_rows(batch: int, capacity: int, ranks: int = 1) -> Placement:
