@@ -45,15 +45,12 @@ def causal_conv(
     """
     seq, before = x.shape[1], weight.shape[1] - 1
     wide, carried = jnp.promote_types(x.dtype, jnp.float32), carried.astype(x.dtype)
-    zero = jnp.zeros((), x.dtype)
     mixed = jnp.zeros(x.shape, wide)
     for tap in range(before + 1):
-        # Shifted by pads, not as a slice of both behind one another, which XLA:GPU would write first.
+        # each shifted by itself: slices of both behind one another XLA:GPU would write to memory first
         shift = before - tap
-        old = lax.pad(carried[:, tap:], zero, [(0, 0, 0), (0, seq - shift, 0), (0, 0, 0)])
-        new = lax.pad(x, zero, [(0, 0, 0), (shift, -shift, 0), (0, 0, 0)])
-        token = jnp.arange(seq)[:, None] < shift
-        mixed = mixed + jnp.where(token, old, new).astype(wide) * weight[:, tap].astype(wide)
+        taken = jnp.concatenate([carried[:, tap:], x[:, : max(0, seq - shift)]], axis=1)[:, :seq]
+        mixed = mixed + taken.astype(wide) * weight[:, tap].astype(wide)
     place = num_valid[:, None] + jnp.arange(before) - before  # [batch, kernel - 1], in x
     old, new = (
         jnp.take_along_axis(of, at[..., None], axis=1, mode="clip")
