@@ -221,8 +221,7 @@ def move_states(
 
         return jax.tree.map(copied, pools, given)
 
-    # XLA reads the entry of a lone row, the same in every turn, in front of the loop: so not without a move
-    return lax.cond(count > 0, lambda: lax.fori_loop(0, count, one, to), lambda: to)
+    return lax.fori_loop(0, count, one, to)
 
 
 def own_rows(batch: int, capacity: int, ranks: int = 1) -> Placement:
