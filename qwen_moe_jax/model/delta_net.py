@@ -46,11 +46,12 @@ def causal_conv(
     seq, before = x.shape[1], weight.shape[1] - 1
     wide, carried = jnp.promote_types(x.dtype, jnp.float32), carried.astype(x.dtype)
     mixed = jnp.zeros(x.shape, wide)
+    first, rest = carried.astype(wide), x.astype(wide)
     for tap in range(before + 1):
         # each shifted by itself: slices of both behind one another XLA:GPU would write to memory first
         shift = before - tap
-        taken = jnp.concatenate([carried[:, tap:], x[:, : max(0, seq - shift)]], axis=1)[:, :seq]
-        mixed = mixed + taken.astype(wide) * weight[:, tap].astype(wide)
+        taken = jnp.concatenate([first[:, tap:], rest[:, : max(0, seq - shift)]], axis=1)[:, :seq]
+        mixed = mixed + taken * weight[:, tap].astype(wide)
     place = num_valid[:, None] + jnp.arange(before) - before  # [batch, kernel - 1], in x
     old, new = (
         jnp.take_along_axis(of, at[..., None], axis=1, mode="clip")
