@@ -28,6 +28,7 @@ from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.caches import cache_specs
 from qwen_moe_jax.parallel.forward import MeshForward, layout_decoder
 from qwen_moe_jax.parallel.layout import Layout
+from qwen_moe_jax.parallel.ranks import can_scatter
 
 # Largest |mesh - one device| over the largest |one device| of a branch. float32: sums in another order, which
 # are at 1e-6; a branch counted twice is at 1. bfloat16: an inner value that is rounded the other way.
@@ -293,8 +294,7 @@ class _Side:
 
     def _scatters(self, x: jax.Array) -> bool:
         """Whether the residual stream is scattered here: wherever a longer one would be."""
-        ranks = 1 if self.layout is None else self.layout.scatter_ranks
-        return ranks > 1 and x.shape[1] % ranks == 0
+        return self.layout is not None and can_scatter(self.layout.scatter_ranks, x.shape[1])
 
     def _mix(
         self,

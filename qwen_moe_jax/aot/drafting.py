@@ -66,7 +66,7 @@ def verify_work(layout: Layout, policy: DtypePolicy, *, batch: int, drafts: int,
     """
     target = least_work(layout, policy, batch=batch, tokens=drafts + 1, context=context)
     one = least_work(_drafter(layout), policy, batch=batch, tokens=1, context=context + drafts)
-    rows, hidden = -(-batch // layout.batch_multiple), layout.config.hidden_size
+    rows, hidden = layout.local_rows(batch), layout.config.hidden_size
     fc = 2 * hidden * hidden  # weights, whole on every rank
     flops = dict(target.flops)
     flops["lm_head"] *= drafts + 1

@@ -176,10 +176,8 @@ class _Share:
     @classmethod
     def of(cls, layout: Layout, batch: int, tokens: int) -> "_Share":
         config, experts = layout.config, layout.mesh.shape[EXPERT]
-        divided = EXPERT in layout.batch_axes  # ranks of the expert axis have rows of their own
-        rows = -(-batch // layout.batch_multiple)
-        own = rows * tokens
-        group = min(batch, rows * experts) * tokens if divided else own
+        divided, rows = layout.tokens_divided, layout.local_rows(batch)
+        own, group = rows * tokens, layout.group_rows(batch) * tokens
         exchanged = layout.expert_dispatch == "all_to_all" and experts > 1
         mixed = (own if divided else -(-own // experts)) if exchanged else group
         if layout.shared_expert == "fused" and not exchanged:
@@ -297,7 +295,7 @@ def _mixture(layout: Layout, policy: DtypePolicy, share: _Share) -> list[Collect
         sizes[TENSOR],
         config.hidden_size * layout.sum_dtype(policy.compute).itemsize,
     )
-    divided = EXPERT in layout.batch_axes
+    divided = layout.tokens_divided
     own_sum = [Collective("all-reduce", "shared expert", 1, tensor, share.shared * width)]
     own_sum *= layout.shared_expert == "outside"
     if layout.exact:

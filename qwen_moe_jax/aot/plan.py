@@ -362,7 +362,7 @@ def _all_hold_some(layout: Layout, axis: str) -> bool:
 def _option(layout: Layout, device: Device, batch: int, context: int, *, drafter: bool) -> Option:
     held = holding(layout, _POLICY, drafter=drafter)
     weights = sum(held.weights.values())
-    caches = -(-batch // layout.batch_multiple) * held.sequence(context)
+    caches = layout.local_rows(batch) * held.sequence(context)
     work = least_work(layout, _POLICY, batch=batch, tokens=1, context=context - 1)
     collectives = collective_bytes(layout, _POLICY, batch=batch, tokens=1)
     sizes = layout.mesh.shape

@@ -25,7 +25,7 @@ from qwen_moe_jax.errors import InputError
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.parallel.layout import Layout
-from qwen_moe_jax.parallel.mesh import DATA, EXPERT
+from qwen_moe_jax.parallel.mesh import DATA
 
 _FLOAT32 = 4
 # Of the engine on a GPU (`engine/shapes.py`): one row of a data rank in a prefill step.
@@ -73,10 +73,8 @@ class Program:
         Half of the passes are of token mixers, half of MLPs; where ranks of the expert axis have rows of
         their own, experts meet those of all.
         """
-        own = -(-batch // layout.batch_multiple)
-        divided = layout.config.num_experts > 0 and EXPERT in layout.batch_axes
-        group = min(batch, own * layout.mesh.shape[EXPERT]) if divided else own
-        config = layout.config
+        config, own = layout.config, layout.local_rows(batch)
+        group = layout.group_rows(batch) if config.num_experts else own
         a_pass = _FLOAT32 * config.hidden_size * config.num_hidden_layers * tokens
         return self.passes * a_pass * (own + group) / 2
 

@@ -195,7 +195,7 @@ class Layout:
         never is: where ranks of the expert axis have different tokens, where all-to-all divides them, where
         the shared expert has a sum of its own, and with `exact`."""
         own_sum = self.shared_expert == "outside" and bool(self._real(TENSOR))
-        if self.exact or own_sum or self.expert_dispatch != "psum" or EXPERT in self.batch_axes:
+        if self.exact or own_sum or self.expert_dispatch != "psum" or self.tokens_divided:
             return 1
         return self.ranks_along(self.head_axes)
 
@@ -207,6 +207,20 @@ class Layout:
     def batch_multiple(self) -> int:
         """What the number of rows of a batch must be a multiple of."""
         return self.ranks_along(self.batch_axes)
+
+    @property
+    def tokens_divided(self) -> bool:
+        """Whether ranks of the expert axis have rows of their own."""
+        return EXPERT in self.batch_axes
+
+    def local_rows(self, batch: int) -> int:
+        """Rows of a batch that a device has."""
+        return -(-batch // self.batch_multiple)
+
+    def group_rows(self, batch: int) -> int:
+        """Rows of a batch whose tokens may choose a device's experts."""
+        own = self.local_rows(batch)
+        return min(batch, own * self.mesh.shape[EXPERT]) if self.tokens_divided else own
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -260,7 +274,7 @@ class Layout:
             vocab_size=self.config.vocab_size,
             shared_expert=self.shared_expert,
             expert_dispatch=self.expert_dispatch,
-            tokens_divided=EXPERT in self.batch_axes,
+            tokens_divided=self.tokens_divided,
             scatter_ranks=self.scatter_ranks,
             exact=self.exact,
             ragged=self.ragged,

@@ -28,9 +28,14 @@ from qwen_moe_jax.parallel.partial_sums import (
 _FEWEST_SCATTERED = 1024
 
 
+def can_scatter(ranks: int, tokens: int) -> bool:
+    """Whether rows of so many tokens are divided among ranks in equal slices; 1 stands for "never"."""
+    return ranks > 1 and tokens % ranks == 0
+
+
 def is_scattered(ranks: int, rows: int, tokens: int) -> bool:
-    """Whether the residual stream of so many tokens a row is scattered among ranks; 1 stands for "never"."""
-    return ranks > 1 and tokens % ranks == 0 and rows * tokens >= _FEWEST_SCATTERED
+    """Whether the residual stream of so many tokens a row is scattered among ranks."""
+    return can_scatter(ranks, tokens) and rows * tokens >= _FEWEST_SCATTERED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
