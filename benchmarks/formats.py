@@ -1,7 +1,8 @@
 """Number formats of the layers' matrices side by side on one CPU: speed, memory, share of the roofline.
 
     python benchmarks/make_checkpoint.py mid DIR
-    python benchmarks/formats.py DIR [--formats fp8 int8 int4 int4-experts mxfp4-experts] [--copies DIR]
+    python benchmarks/formats.py DIR [--formats fp8 int8 int4 int4-experts mxfp4-experts]
+        [--copies DIR] [--out NAME]
 
 Writes quantised copies of the checkpoint beside each other, loads each in a process of its own, and measures
 decoding of one row and of eight, and a prefill of 512 tokens, in turns as `cpu.py` does. The roofline of

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import oracle, parity
 from support.configs import MODEL_TYPES, QWEN35_MOE, family_config, random_ids
-from support.meshes import LARGEST_POOLED_RATIO, LARGEST_RATIO, mesh_case, on_mesh, run
+from support.meshes import LARGEST_POOLED_RATIO, assert_on_average_as_one_device, mesh_case, on_mesh, run
 from support.reference import (
     build_reference,
     float64_reference,
@@ -148,9 +148,7 @@ def test_a_mesh_is_as_close_to_the_truth_as_one_device(model_type: str, which: i
         layout.pop("expert_dispatch", None)
     case = mesh_case(6, model_type)
     found = run(on_mesh(6, model_type=model_type, **layout), case.rows)
-    assert found.tokens == case.one_device.tokens
-    assert case.mean_ratio(found) <= LARGEST_RATIO
-    assert case.ratio(found) <= LARGEST_POOLED_RATIO
+    assert_on_average_as_one_device(case, found)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from support.layouts import Layout, drawn, layouts, name
-from support.meshes import LARGEST_POOLED_RATIO, LARGEST_RATIO, mesh_case, on_mesh, run
+from support.meshes import assert_as_one_device, assert_on_average_as_one_device, mesh_case, on_mesh, run
 
 # Two layers (Gated DeltaNet, attention) of 6 query heads on 3, 4 value heads on 1, 8 experts top-3 with a
 # shared one as wide, 67 tokens: next to nothing is divided evenly by 4 or 8.
@@ -14,8 +14,7 @@ SEED = 22
 def check(seed: int, layout: Layout) -> None:
     case = mesh_case(seed)
     found = run(on_mesh(seed, **layout), case.rows)
-    assert found.tokens == case.one_device.tokens
-    assert case.ratio(found) <= LARGEST_RATIO
+    assert_as_one_device(case, found)
 
 
 # Each axis alone and together, every mode in both dispatches, attention data parallelism with tensor
@@ -68,6 +67,4 @@ def test_data_parallel_attention_and_odd_meshes_equal_one_device(layout: Layout)
 def test_random_configurations_on_random_layouts_equal_one_device(seed: int) -> None:
     case = mesh_case(seed)
     found = run(on_mesh(seed, **drawn(seed)), case.rows)
-    assert found.tokens == case.one_device.tokens
-    assert case.mean_ratio(found) <= LARGEST_RATIO
-    assert case.ratio(found) <= LARGEST_POOLED_RATIO
+    assert_on_average_as_one_device(case, found)

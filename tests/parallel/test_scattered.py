@@ -9,7 +9,7 @@ from support import parity
 from support.collectives import collectives, programs
 from support.configs import random_config
 from support.layouts import Layout, drawn, layouts, name
-from support.meshes import LARGEST_POOLED_RATIO, LARGEST_RATIO, mesh_case, on_mesh, run
+from support.meshes import assert_as_one_device, assert_on_average_as_one_device, mesh_case, on_mesh, run
 from support.slow import some
 
 from qwen_moe_jax.parallel import ranks
@@ -43,8 +43,7 @@ def test_every_layout_that_scatters_equals_one_device(layout: Layout) -> None:
     assert model.layout is not None
     assert is_scattered(model.layout.scatter_ranks, 1, PREFILL)
     found = run(model, case.rows)
-    assert found.tokens == case.one_device.tokens
-    assert case.ratio(found) <= LARGEST_RATIO
+    assert_as_one_device(case, found)
 
 
 @pytest.mark.usefixtures("any_length")
@@ -65,9 +64,7 @@ def test_random_configurations_scattered_equal_one_device(seed: int) -> None:
 def check_drawn(seed: int, layout: Layout, **family: str) -> None:
     case = mesh_case(seed, **family)
     found = run(on_mesh(seed, **layout, **family), case.rows)
-    assert found.tokens == case.one_device.tokens
-    assert case.mean_ratio(found) <= LARGEST_RATIO
-    assert case.ratio(found) <= LARGEST_POOLED_RATIO
+    assert_on_average_as_one_device(case, found)
 
 
 @pytest.mark.usefixtures("any_length")

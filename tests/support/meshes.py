@@ -130,6 +130,19 @@ def on_mesh(
     return QwenMoe.from_pretrained(mesh_case(seed, model_type).folder, dtype=jnp.float32, mesh=mesh, **layout)
 
 
+def assert_as_one_device(case: MeshCase, found: Run) -> None:
+    """The same tokens, and logits as near the truth as one device's."""
+    assert found.tokens == case.one_device.tokens
+    assert case.ratio(found) <= LARGEST_RATIO
+
+
+def assert_on_average_as_one_device(case: MeshCase, found: Run) -> None:
+    """The same tokens, and logits as near the truth on average, of a configuration drawn at random."""
+    assert found.tokens == case.one_device.tokens
+    assert case.mean_ratio(found) <= LARGEST_RATIO
+    assert case.ratio(found) <= LARGEST_POOLED_RATIO
+
+
 def factorisations(devices: int) -> Iterator[tuple[int, int, int]]:
     """All (data, expert, tensor) whose product is `devices`."""
     for data in range(1, devices + 1):
