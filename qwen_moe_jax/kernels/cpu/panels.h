@@ -134,7 +134,9 @@ inline void multiply_panels(const Matrix& w, long first, long count, const Opera
 struct Tiles {
 #if defined(__AMX_BF16__)
   Tiles() {
-    TileConfig config;
+    // Constant data: of GCC 12's intrinsic the compiler only sees that the first 8 bytes are read, and need
+    // not write the rest of a variable.
+    static constexpr TileConfig config;
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
