@@ -16,10 +16,10 @@ from qwen_moe_jax.formats.cache import (
     bytes_of,
     empty_cache,
     empty_layers,
-    move_states,
     states_of,
 )
 from qwen_moe_jax.kernels.cpu.calls import native_reserve
+from qwen_moe_jax.kernels.state_moves import move_states
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, named_parameters, run_tapped, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
@@ -157,7 +157,7 @@ class Forward(Protocol):
         places: jax.Array,
         sources: jax.Array,
     ) -> tuple[DeltaNetCache, ...]:
-        """As `formats.cache.move_states`, on each data rank by its own part of the lists."""
+        """As `kernels.state_moves.move_states`, on each data rank by its own part of the lists."""
         ...
 
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
@@ -291,8 +291,8 @@ class OneDeviceForward:
         places: jax.Array,
         sources: jax.Array,
     ) -> tuple[DeltaNetCache, ...]:
-        """As `formats.cache.move_states`."""
-        return move_states(to, given, places, sources)
+        """As `kernels.state_moves.move_states`."""
+        return move_states(self.kernels, to, given, places, sources)
 
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
         """All rows lie here."""

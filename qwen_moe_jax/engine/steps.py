@@ -164,7 +164,7 @@ class Steps:
         )
 
     def move(self, to: States, given: States, places: np.ndarray, sources: np.ndarray) -> States:
-        """Recurrent states from one pool to another, as of `formats.cache.move_states`; `to` is donated.
+        """Recurrent states from one pool to another, as of `kernels.state_moves`; `to` is donated.
 
         Args:
             to, given: pools of states, a layer each.

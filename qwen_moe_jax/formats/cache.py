@@ -11,7 +11,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qwen_moe_jax.config import FULL_ATTENTION, ModelConfig
 
@@ -187,41 +186,6 @@ def with_states(layers: tuple[LayerCache, ...], states: tuple[DeltaNetCache, ...
     """All layers' pools with other ones of recurrent states."""
     rest = iter(states)
     return tuple(next(rest) if isinstance(layer, DeltaNetCache) else layer for layer in layers)
-
-
-def move_states(
-    to: tuple[DeltaNetCache, ...],
-    given: tuple[DeltaNetCache, ...],
-    places: jax.Array,
-    sources: jax.Array,
-) -> tuple[DeltaNetCache, ...]:
-    """Copies entries of one pool to places of another.
-
-    Args:
-        to, given: a pool each layer.
-        places: int32 [moves], entries of `to`; nothing goes to one that it has not.
-        sources: int32 [moves], entries of `given`; one that it has not stands for a state that has seen
-            nothing.
-    """
-    entries, there = to[0].conv.shape[0], given[0].conv.shape[0]
-    moves = places < entries
-    # the moves first, without a sort
-    turn = jnp.cumsum(moves) - 1
-    numbers = jnp.arange(places.shape[0])
-    order = jnp.zeros_like(numbers).at[jnp.where(moves, turn, places.shape[0])].set(numbers, mode="drop")
-    count = moves.sum()
-
-    def one(index: jax.Array, pools: tuple[DeltaNetCache, ...]) -> tuple[DeltaNetCache, ...]:
-        source, place = sources[order[index]], places[order[index]]
-
-        def copied(pool: jax.Array, other: jax.Array) -> jax.Array:
-            entry = lax.dynamic_index_in_dim(other, jnp.minimum(source, there - 1), keepdims=False)
-            entry = jnp.where(source < there, entry, 0).astype(pool.dtype)
-            return lax.dynamic_update_index_in_dim(pool, entry, place, axis=0)
-
-        return jax.tree.map(copied, pools, given)
-
-    return lax.fori_loop(0, count, one, to)
 
 
 def own_rows(batch: int, capacity: int, ranks: int = 1) -> Placement:

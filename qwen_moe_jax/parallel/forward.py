@@ -19,9 +19,9 @@ from qwen_moe_jax.formats.cache import (
     HybridCache,
     LayerCache,
     LookedAt,
-    move_states,
     states_of,
 )
+from qwen_moe_jax.kernels.state_moves import move_states
 from qwen_moe_jax.kernels.table import Kernels
 from qwen_moe_jax.model.decoder import Decoder, abstract_decoder, run_tapped, with_parameters
 from qwen_moe_jax.model.linear import held_dtype
@@ -234,10 +234,10 @@ class MeshForward:
         places: jax.Array,
         sources: jax.Array,
     ) -> tuple[DeltaNetCache, ...]:
-        """As `formats.cache.move_states`, on each data rank by its own part of the lists."""
+        """As `kernels.state_moves.move_states`, on each data rank by its own part of the lists."""
         specs = states_of(cache_specs(self.layout).layers)
         return jax.shard_map(
-            move_states,
+            partial(move_states, self.kernels),
             mesh=self.layout.mesh,
             in_specs=(specs, specs, self._batch, self._batch),
             out_specs=specs,

@@ -23,8 +23,10 @@ from support.cpu_kernels import (
     expert_cases,
     linear_cases,
 )
+from support.state_moves import check_moves
 
 from qwen_moe_jax.kernels.cpu import build
+from qwen_moe_jax.kernels.table import Kernels
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1")
 
@@ -46,6 +48,8 @@ def main() -> None:
             check_delta_chunks(shape, variant)
         for given in attention_cases(seed=104, count=5):
             check_attention(given, variant)
+        for seed in range(8):
+            check_moves(seed, Kernels("cpu", native=variant))
         print(f"{variant}: clean", flush=True)
 
 

@@ -56,6 +56,7 @@ OPERATIONS = (
     "delta_chunks",
     "attention",
     "append",
+    "move_states",
     "reserve",
 )
 _loaded: list["Library"] = []

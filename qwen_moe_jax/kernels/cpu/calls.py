@@ -214,6 +214,27 @@ def native_append(
     return KVCache(k=k, v=v)
 
 
+def native_move_states(
+    pools: list[jax.Array],
+    others: list[jax.Array],
+    places: jax.Array,
+    sources: jax.Array,
+    variant: str,
+) -> list[jax.Array]:
+    """Entries of some pools copied from others. XLA:CPU widens whole bfloat16 pools to copy one entry.
+
+    Args:
+        pools: [entries, ...], any dtype; the results take their memory over.
+        others: one each pool, of its dtype and with entries of its shape.
+        places: int32 [moves], entries of the pools; nothing goes to one that they have not.
+        sources: int32 [moves], entries of the others; zeros for one that they have not.
+        variant: of the library.
+    """
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools]
+    aliases = {2 + i: i for i in range(len(pools))}
+    return _call(variant, "move_states", (places, sources, *pools, *others), results, aliases=aliases)
+
+
 def native_reserve(shape: tuple[int, ...], dtype: DTypeLike, variant: str) -> jax.Array:
     """Memory for an array, which nobody has written: what it holds means nothing, and the machine takes the
     memory of a large one only as it is written."""

@@ -27,6 +27,7 @@ EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_look(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_delta_chunks(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_attention(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_append(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* qwen_moe_jax_move_states(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* qwen_moe_jax_reserve(XLA_FFI_CallFrame*);
 
 // Whether this library may run here; asks the kernel for the tile registers where it uses them.
@@ -408,6 +409,42 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_append, Append,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+// Pools, and as many others that their entries come from; zeros for an entry that these have not.
+static ffi::Error MoveStates(ffi::Buffer<ffi::S32> places, ffi::Buffer<ffi::S32> sources,
+                             ffi::RemainingArgs pools, ffi::RemainingRets results) {
+  if (pools.size() != 2 * results.size() || places.element_count() != sources.element_count())
+    return wrong("move_states: another pool and a result for each pool, and a source for each place");
+  for (size_t i = 0; i < results.size(); i++) {
+    auto before = pools.get<ffi::AnyBuffer>(i), other = pools.get<ffi::AnyBuffer>(results.size() + i);
+    auto pool = results.get<ffi::AnyBuffer>(i);
+    if (!before || !other || !pool) return wrong("move_states: arguments");
+    auto shape = before->dimensions(), from = other->dimensions();
+    if (before->element_type() != other->element_type() || shape.size() != from.size() || shape.size() == 0 ||
+        !std::equal(shape.begin() + 1, shape.end(), from.begin() + 1))
+      return wrong("move_states: entries of two pools are not alike");
+    keep_pool(*before, **pool);
+    if (!shape[0]) continue;
+    long entry = before->size_bytes() / shape[0];
+    char* to = (char*)(*pool)->untyped_data();
+    for (size_t move = 0; move < places.element_count(); move++) {
+      long place = places.typed_data()[move], source = sources.typed_data()[move];
+      if (place < 0 || place >= shape[0]) continue;
+      if (source >= 0 && source < from[0])
+        memcpy(to + place * entry, (const char*)other->untyped_data() + source * entry, entry);
+      else
+        memset(to + place * entry, 0, entry);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_moe_jax_move_states, MoveStates,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 // Memory that is not written: the machine hands out a large array's as it is touched.
 static ffi::Error Reserve(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
