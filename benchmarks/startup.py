@@ -2,17 +2,20 @@
 
     python benchmarks/startup.py [--checkpoint checkpoints/abacus] [--repeat 3]
 
-Every figure comes from a fresh process; the first token's seconds count from the start of the import. Cold
-has an empty compilation cache, warm the one that a cold run left.
+Every figure comes from a fresh process; the first token's seconds count from the start of the import, and
+those of the README's first command from its start to its first text. Cold has no compiled programs, warm
+those that a cold run left. The C++ kernels, which a machine builds once, are built before.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 PROMPT = "Tom has 12 apples. Anna gives him 7 more. How many apples does Tom have now?"
@@ -39,11 +42,29 @@ print(json.dumps({"import": imported - start, "load": loaded - imported, "first 
 """
 
 
+def _environment(cache: Path | None) -> dict[str, str]:
+    return dict(os.environ) | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
+
+
+def _command(checkpoint: Path, prompt: str, cache: Path) -> float:
+    """Seconds to the first text of `qwen-moe-jax generate`."""
+    run = "import sys; from qwen_moe_jax.cli import main; sys.exit(main())"
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", run, "generate", "--model", str(checkpoint), prompt],
+        env=_environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        return time.perf_counter() - begin
+
+
 def _python(code: str, *arguments: str, cache: Path | None = None) -> str:
-    environment = dict(os.environ) | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=environment,
+        env=_environment(cache),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -68,11 +89,18 @@ def main() -> int:
         seconds = [float(_python(_IMPORT.format(module=module))) for _ in range(args.repeat)]
         print(f"import {module:<20}{statistics.median(seconds):>7.2f}", flush=True)
     runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
-    for _ in range(args.repeat):
-        with tempfile.TemporaryDirectory() as cache:
+    commands: dict[str, list[float]] = {kind: [] for kind in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        _python(_FIRST_TOKEN, str(args.checkpoint), args.prompt, cache=cache)
+        for _ in range(args.repeat):
+            shutil.rmtree(cache / "qwen_moe_jax" / "xla")
             for kind in runs:
-                line = _python(_FIRST_TOKEN, str(args.checkpoint), args.prompt, cache=Path(cache))
+                line = _python(_FIRST_TOKEN, str(args.checkpoint), args.prompt, cache=cache)
                 runs[kind].append(json.loads(line))
+            shutil.rmtree(cache / "qwen_moe_jax" / "xla")
+            for seconds in commands.values():
+                seconds.append(_command(args.checkpoint, args.prompt, cache))
     for kind, results in runs.items():
         parts = {name: statistics.median(run[name] for run in results) for name in results[0]}
         print(
@@ -81,6 +109,8 @@ def main() -> int:
             f"{parts['whole answer']:.2f})",
             flush=True,
         )
+    for kind, seconds in commands.items():
+        print(f"first text of the command, {kind:<5}{statistics.median(seconds):>7.2f}")
     return 0
 
 

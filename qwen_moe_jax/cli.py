@@ -5,6 +5,7 @@ layout that disagrees with one device is exit status 1.
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from qwen_moe_jax.text_commands import add_commands as add_text_commands
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    if arguments is None:  # the process is this command's: what is imported stays, and is no garbage
+        gc.freeze()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # all that stands behind it is the harness's own, its --help included
     harness = given[1:] if given[:1] == ["lm-eval"] else None
