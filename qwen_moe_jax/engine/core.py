@@ -81,7 +81,9 @@ class Core:
             self._snapshots = forward.new_states(self.ranks * sizes.snapshots)
         else:  # a place that nothing is kept in, so that there is something to begin from
             self._snapshots = forward.new_states(self.ranks)
-        self._states: RowStates = empty_states(self.ranks * sizes.slots, forward.draft_tokens)
+        self._states: RowStates = forward.put_rows(
+            empty_states(self.ranks * sizes.slots, forward.draft_tokens)
+        )
         self._seen: jax.Array | None = None
         self._tables: Any = None  # and the tokens that every row has pages for
         self._tables_version = -1
@@ -339,8 +341,7 @@ class Core:
         """Makes the histories of penalised rows that begin."""
         all_slots = self.ranks * self.sizes.slots
         if self._seen is None:
-            seen: Any = np.zeros((all_slots, self._vocab), np.int32)
-            self._seen = seen
+            self._seen = self._forward.put_rows(np.zeros((all_slots, self._vocab), np.int32))
         for row in step.rows:
             job, index = self._jobs[row.sequence]
             if row.token is None or not job.sampling[index].penalises:

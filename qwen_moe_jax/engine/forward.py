@@ -160,6 +160,11 @@ class Forward(Protocol):
         """As `kernels.state_moves.move_states`, on each data rank by its own part of the lists."""
         ...
 
+    def put_rows(self, tree: Any) -> Any:
+        """Arrays of the host with an entry a row or slot, equal in all processes, where `by_row` gives them.
+        Steps that are compiled for the ones take the others, then."""
+        ...
+
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
         """A function on the data ranks that rows lie on, each with its own part of arrays that have an entry
         a row or slot; what it gives has that, too. Scalars are the same for all ranks."""
@@ -294,6 +299,10 @@ class OneDeviceForward:
         """As `kernels.state_moves.move_states`."""
         return move_states(self.kernels, to, given, places, sources)
 
+    def put_rows(self, tree: Any) -> Any:
+        """Arrays of the host, bound to this device as what the steps give is."""
+        return jax.device_put(tree, self.devices[0])
+
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
         """All rows lie here."""
         return function(*trees)
@@ -314,6 +323,9 @@ class OneDeviceForward:
         make = partial(self._empty_pools, kinds, pages, slots)
         native = self.kernels.native
         if native is None:
-            return jax.jit(make)()
-        # Memory that nobody has written is not taken from the machine yet.
-        return jax.tree.map(lambda x: native_reserve(x.shape, x.dtype, native), jax.eval_shape(make))
+            pools = jax.jit(make)()
+        else:
+            # Memory that nobody has written is not taken from the machine yet.
+            shapes = jax.eval_shape(make)
+            pools = jax.tree.map(lambda x: native_reserve(x.shape, x.dtype, native), shapes)
+        return jax.device_put(pools, self.devices[0])

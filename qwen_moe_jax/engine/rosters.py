@@ -74,7 +74,7 @@ class Rosters:
             begins[place], token[place] = True, row.token or 0
             length[place], emitted[place] = row.length, row.emitted
         arrays: Any = begins, token, length, emitted
-        given = Entries(*arrays)
+        given = self._kept(Entries(*arrays))
         if not begin:
-            self._no_entries[total] = given = self._kept(given)
+            self._no_entries[total] = given
         return given

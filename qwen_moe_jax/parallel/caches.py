@@ -23,6 +23,14 @@ from qwen_moe_jax.formats.cache import empty_layers as pools_of
 from qwen_moe_jax.parallel.layout import Layout
 
 
+def spec_of(*axes: tuple[str, ...]) -> PartitionSpec:
+    """The mesh axes of an array, spelt as JAX spells a result's: without the dimensions behind the last one
+    divided. A step that is compiled for arrays as they are made then takes what it gives, too."""
+    while axes and not axes[-1]:
+        axes = axes[:-1]
+    return PartitionSpec(*(each or None for each in axes))
+
+
 def cache_specs(layout: Layout, kinds: tuple[str, ...] | None = None) -> HybridCache:
     """The mesh axes of every array of a cache. Pages and slots are divided as rows are: a row's keys and
     states lie with the row.
@@ -30,22 +38,21 @@ def cache_specs(layout: Layout, kinds: tuple[str, ...] | None = None) -> HybridC
     Args:
         kinds: of the layers, as `ModelConfig.layer_types`; None for the model's own.
     """
-    batch, heads = layout.batch_axes or None, layout.head_axes or None
-    kv: Any = PartitionSpec(batch, None, heads, None)
-    conv: Any = PartitionSpec(batch, None, heads)
-    state: Any = PartitionSpec(batch, heads, None, None)
+    batch, heads = layout.batch_axes, layout.head_axes
+    kv: Any = spec_of(batch, (), heads)
+    conv: Any = spec_of(batch, (), heads)
+    state: Any = spec_of(batch, heads)
     layers = tuple(
         KVCache(k=kv, v=kv) if kind == FULL_ATTENTION else DeltaNetCache(conv=conv, state=state)
         for kind in (layout.config.layer_types if kinds is None else kinds)
     )
-    each: Any = PartitionSpec(batch)
+    each: Any = spec_of(batch)
     return HybridCache(layers, Placement(tables=each, slots=each, length=each))
 
 
 def looked_at_specs(layout: Layout) -> tuple[LookedAt, ...]:
     """The mesh axes of what `Decoder.look` gives."""
-    batch, heads = layout.batch_axes or None, layout.head_axes or None
-    of_token: Any = PartitionSpec(batch, None, heads)
+    of_token: Any = spec_of(layout.batch_axes, (), layout.head_axes)
     inputs = DeltaNetInputs(mixed=of_token, g=of_token, beta=of_token)
     layers = cache_specs(layout).layers
     return tuple(layer if isinstance(layer, KVCache) else inputs for layer in layers)

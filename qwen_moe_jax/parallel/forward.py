@@ -1,6 +1,7 @@
 """The model on a mesh: one `jax.shard_map` around all of it, in which every rank runs its part."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -28,7 +29,13 @@ from qwen_moe_jax.model.linear import held_dtype
 from qwen_moe_jax.model.mtp import MTP, MtpHead, abstract_mtp, drafter_keys, run_drafter
 from qwen_moe_jax.model.params import DtypePolicy
 from qwen_moe_jax.model.taps import Edit
-from qwen_moe_jax.parallel.caches import cache_specs, empty_cache, empty_layers, looked_at_specs
+from qwen_moe_jax.parallel.caches import (
+    cache_specs,
+    empty_cache,
+    empty_layers,
+    looked_at_specs,
+    spec_of,
+)
 from qwen_moe_jax.parallel.layout import Layout
 from qwen_moe_jax.parallel.memory import holding
 from qwen_moe_jax.parallel.mesh_points import check_edits, in_order, point_specs
@@ -68,7 +75,7 @@ class MeshForward:
         self._specs = {
             name: layout.spec(name.removeprefix(MTP), value.ndim) for name, value in parameters.items()
         }
-        self._batch = PartitionSpec(layout.batch_axes or None)
+        self._batch = spec_of(layout.batch_axes)
         self._makers: dict[tuple[Any, ...], Any] = {}
         self.devices = [d for d in _mesh_devices(layout) if d.process_index == jax.process_index()]
         self.memory_as_used = False
@@ -251,6 +258,13 @@ class MeshForward:
             )
             self._makers[key] = jax.jit(make, out_shardings=shardings)
         return self._makers[key]()
+
+    def put_rows(self, tree: Any) -> Any:
+        """Each data rank gets its own rows."""
+        sharding = self.layout.sharding(self._batch)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, partial(operator.getitem, x)), tree
+        )
 
     def by_row(self, function: Callable[..., Any], *trees: Any) -> Any:
         """Each data rank computes its own rows."""

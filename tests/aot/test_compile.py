@@ -118,7 +118,7 @@ def assert_collectives(program: ProgramReport, a_layer: dict[str, int], layers: 
     if program.program == "decode":
         expected["all-gather"] += 1  # of logits
     elif a_layer == PSUM:
-        # the residual stream is scattered: a reduce-scatter where a sum was, an all-gather before its next use
+        # the residual stream is scattered: a reduce-scatter instead, and an all-gather before its next use
         sums = expected.pop("all-reduce")
         expected |= {"reduce-scatter": sums, "all-gather": sums}
     assert found == expected

@@ -1,4 +1,4 @@
-"""Moves of recurrent states between pools, in both forms: which entries, and at what price when none moves."""
+"""Moves of recurrent states between pools, in both forms: which entries, and what steps without any cost."""
 
 from math import prod
 
