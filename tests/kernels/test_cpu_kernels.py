@@ -49,19 +49,18 @@ def native_linear(x, w, out, variant):
     return native_linears(x, [w], [out], variant)[0]
 
 
-variants = pytest.mark.parametrize("variant", HERE)
-# the others are slow tests
-first_variant = pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
+# each of the others takes a compiler half a minute, and is tested by slow tests
+variants = pytest.mark.parametrize("variant", some(HERE, lambda i: i == 0))
 FIRST = HERE[0]
 
 
-@first_variant
+@variants
 def test_products_of_random_shapes(variant):
     for case in linear_cases(seed=1, count=24):
         check_linear(*case, variant)
 
 
-@first_variant
+@variants
 def test_products_with_several_matrices_at_once(variant):
     rng = np.random.default_rng(14)
     for tokens in (1, 6, 50):
@@ -115,19 +114,19 @@ def test_a_convolution_and_what_follows_it(variant, shape, dtype):
     check_conv(shape, dtype, variant)
 
 
-@first_variant
+@variants
 @pytest.mark.parametrize("shape", DELTA_SHAPES)
 def test_a_step_of_the_delta_rule(variant, shape):
     check_delta_step(delta_case(6, *shape), variant)
 
 
-@first_variant
+@variants
 @pytest.mark.parametrize("shape", CHUNK_SHAPES)
 def test_chunks_of_the_delta_rule(variant, shape):
     check_delta_chunks(shape, variant)
 
 
-@first_variant
+@variants
 def test_attention_of_random_shapes(variant):
     for given in attention_cases(seed=7, count=8):
         check_attention(given, variant)
